@@ -1,0 +1,84 @@
+"""The errors that r2kit raises on purpose, and the words that help a person mend them.
+
+Every message is one line that says where, what came, what is allowed and, where one exists, the command that mends it.
+The command line prints it behind ``error:`` and exits with code 2; from Python it is an ordinary exception.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable
+
+
+class R2kitError(Exception):
+    """Base of every error that r2kit raises on purpose."""
+
+
+class RecipeError(R2kitError):
+    """A recipe or an override is wrong. Holds every problem found, one line each.
+
+    Args:
+        problems: One line per problem, or a single line.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(R2kitError):
+    """The data cannot be used as it is: a missing folder, an empty class, an unreadable file."""
+
+
+class ModelError(R2kitError):
+    """A model cannot be built or its weights cannot be loaded."""
+
+
+class RunError(R2kitError):
+    """A run folder is missing, incomplete, in use, or would be overwritten."""
+
+
+class MissingExtraError(R2kitError):
+    """An optional dependency is needed and not installed.
+
+    Args:
+        package: The package that is missing, as pip knows it.
+        extra: The extra of r2kit that brings it.
+        purpose: What needs it, as the subject of a sentence.
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "r2kit[{extra}]"')
+
+
+def did_you_mean(name: str, options: Iterable[str], limit: int = 1) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest option, or an empty string when none is near.
+
+    Args:
+        name: What was written.
+        options: What is allowed.
+        limit: How many suggestions at most.
+    """
+    lowered = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=limit, cutoff=0.55)
+    if not near:
+        return ""
+    return "; did you mean " + " or ".join(f"'{lowered[n]}'" for n in near) + "?"
+
+
+def require(module: str, package: str, extra: str, purpose: str) -> None:
+    """Raise `MissingExtraError` unless ``module`` can be imported.
+
+    Args:
+        module: Import name, for example ``mpl_toolkits.basemap_data``.
+        package: The package's name on the registry.
+        extra: The extra of r2kit that brings it.
+        purpose: What needs it, as the subject of a sentence.
+    """
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        found = False
+    if not found:
+        raise MissingExtraError(package, extra, purpose)
