@@ -1,0 +1,204 @@
+"""What happens around training: the epoch record, the checkpoints, the moving average, the progress lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from r2kit.console import duration
+from r2kit.run import Run, write_atomic
+from r2kit.tasks import ClassificationTask
+
+_COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_f1")
+
+
+class Recorder(Checkpoint):
+    """Writes `metrics.csv` and the checkpoints at the end of each epoch.
+
+    The rows are part of the checkpoint, so that a run that is continued writes the file that the unbroken run would
+    have written. Times are not among them: two runs of one seed give identical files.
+
+    Args:
+        run: The run folder.
+        console: Where the line of the epoch is printed.
+    """
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run = run
+        self.console = console
+        self.rows: list[dict[str, float]] = []
+        self.best_epoch = -1
+        self.earlier_seconds = 0.0
+        self._earlier_rows = 0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.earlier_seconds + time.perf_counter() - self._started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the row of the epoch and save; `Checkpoint` callbacks come after the module's own hook."""
+        assert isinstance(pl_module, ClassificationTask)
+        found = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **pl_module.epoch_metrics,
+        }
+        self.rows.append({column: found[column] for column in _COLUMNS})
+        better = self.best_epoch < 0 or _score(self.rows[-1]) > _score(self.rows[self.best_epoch])
+        if better:
+            self.best_epoch = len(self.rows) - 1
+        save_atomic(trainer, self.run.last_checkpoint)
+        if better:
+            save_atomic(trainer, self.run.best_checkpoint)
+        if trainer.is_global_zero:
+            write_atomic(self.run.metrics_csv, self._csv())
+        self._print(trainer, better)
+
+    def _print(self, trainer: L.Trainer, better: bool) -> None:
+        row = self.rows[-1]
+        here = (self.seconds - self.earlier_seconds) / (len(self.rows) - self._earlier_rows)
+        left = here * ((trainer.max_epochs or 0) - len(self.rows))
+        self.console.print(
+            f"epoch {len(self.rows)}/{trainer.max_epochs}  "
+            f"train loss {row['train_loss']:.3f} acc {row['train_acc']:.3f}  "
+            f"val loss {row['val_loss']:.3f} acc {row['val_acc']:.3f} f1 {row['val_f1']:.3f}  "
+            f"lr {row['lr']:.2g}  {duration(left)} left{'  (best)' if better else ''}"
+        )
+
+    def _csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({key: value if isinstance(value, int) else f"{value:.9g}" for key, value in row.items()})
+        return out.getvalue()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far; plain values only."""
+        return {"rows": self.rows, "best_epoch": self.best_epoch, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of the interrupted run."""
+        self.rows = list(state_dict["rows"])
+        self._earlier_rows = len(self.rows)
+        self.best_epoch = state_dict["best_epoch"]
+        self.earlier_seconds = state_dict["seconds"]
+
+
+def _score(row: dict[str, float]) -> tuple[float, float]:
+    """Return what makes an epoch better: accuracy, then a lower loss."""
+    return row["val_acc"], -row["val_loss"]
+
+
+def save_atomic(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint so that a killed run leaves the old file or the new one, never a part of one.
+
+    Every rank calls this; rank zero writes.
+    """
+    draft = path.with_name(f".{path.name}.part")
+    trainer.save_checkpoint(draft)
+    if trainer.is_global_zero:
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+
+
+class Ema(EMAWeightAveraging):
+    """Lightning's moving average with a decay that starts low.
+
+    A decay of 0.999 remembers about a thousand steps; in a short run most of its weight would rest on the random
+    start. The decay of step n is therefore at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage.
+
+    Args:
+        decay: Largest decay, in (0, 1).
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+
+        def average(mean: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            ramped = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+            return mean + (1.0 - ramped) * (current - mean)
+
+        self._kwargs["avg_fn"] = average
+
+
+class Progress(Callback):
+    """A bar on a terminal; elsewhere a line now and then within a long epoch.
+
+    Args:
+        console: Where to print.
+        every: Seconds between two lines within an epoch, where there is no terminal.
+    """
+
+    def __init__(self, console: Console, every: float = 30.0) -> None:
+        self.console = console
+        self.every = every
+        self._bar: Bar | None = None
+        self._said = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the bar of an epoch."""
+        self._said = time.perf_counter()
+        if self.console.is_terminal and not self.console.quiet:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.add_task(self._epoch(trainer), total=trainer.num_training_batches, loss="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, or print a line when the last one is long ago."""
+        now = time.perf_counter()
+        if self._bar is None and now - self._said < self.every:
+            return
+        loss = float(torch.as_tensor(outputs["loss"]).detach()) if isinstance(outputs, dict) else float("nan")
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1, loss=f"loss {loss:.3f}")
+        else:
+            self._said = now
+            step, steps = batch_idx + 1, trainer.num_training_batches
+            self.console.print(f"{self._epoch(trainer)}  step {step}/{steps}  loss {loss:.3f}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take the bar away, so that the error stands alone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _epoch(self, trainer: L.Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"

@@ -1,0 +1,50 @@
+"""What a person sees: one console, tables that degrade to plain lines, and no adverts from libraries."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return the console on standard output; `quiet` prints nothing."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers_from: int = 1) -> Table:
+    """Return a table whose columns from `numbers_from` on are aligned to the right."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index >= numbers_from else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 42 s, 6 min 10 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quiet_libraries() -> None:
+    """Silence what Lightning prints about itself, and warnings that a user of r2kit cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",  # r2kit chooses the number of workers itself
+        ".*number of training batches.*smaller than the logging interval.*",  # r2kit writes its own log
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning against the newest torch
+        ".*Checkpoint directory .* exists and is not empty.*",  # the run folder is made by r2kit
+    ):
+        warnings.filterwarnings("ignore", message=message)
