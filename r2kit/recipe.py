@@ -131,7 +131,7 @@ class TrainSpec(Spec):
     """Highest learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """Decay of the weights; norms and biases have none."""
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.5
     """Epochs, fractions allowed, in which the learning rate grows from zero to `lr`; a cosine to zero follows."""
     ema: bool = False
     """Average the weights over the steps and evaluate the average."""
