@@ -4,8 +4,8 @@ One row per network, whoever implements it. This module imports no torch, so tha
 misspelt name are quick; a test builds every network and compares it with its row.
 
 Sizes are exact. `macs` are the multiply-adds of the convolutions and linear layers for one image of `input_size`;
-papers round them, and some papers count differently. `top1` is what the source states for its own weights and protocol, not
-something measured here.
+papers round them, and some papers count differently. `top1` is what the source states for its own weights and protocol,
+not something measured here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The first unit of a stage has no chain: every split has its own convolution, whi
 split is average-pooled. What is not obvious follows the authors' code, not the text of the paper: the *last* split
 passes through (the paper's equation 1 lets the first one through), and the pool counts its zero padding.
 
-Nothing here works in place, so no hook, export or concatenation ever sees a tensor that changes later.
+No unit works in place, so no hook, export or concatenation ever sees a tensor that changes later.
 
 Source: Gao et al. 2019, arXiv:1904.01169, and the authors' code (github.com/Res2Net/Res2Net-PretrainedModels).
 """
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from timm.layers import create_classifier, get_act_layer, get_norm_layer
-from timm.models.resnet import ResNet, make_blocks
+from timm.layers import get_act_layer, get_norm_layer
+from timm.models.resnet import make_blocks
 from torch import Tensor, nn
 
+from r2kit.backbones._skeleton import StagedNet
 from r2kit.errors import ModelError
 
 __all__ = ["Order", "Res2Block", "Res2Net", "StemSpec"]
@@ -216,7 +217,7 @@ class StemSpec:
             raise ModelError("StemSpec: act_bias needs order 'act_norm'; before a BatchNorm a bias has no effect")
 
 
-class Res2Net(ResNet):
+class Res2Net(StagedNet):
     """A residual network of `Res2Block` with timm's whole backbone contract, inherited from timm's `ResNet`.
 
     Module names, and so state-dict keys, are those of timm's and the authors' Res2Nets: `conv1`, `bn1`, `layer1` to
@@ -277,27 +278,22 @@ class Res2Net(ResNet):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # ResNet.__init__ would build timm's own stem and stages
         if output_stride not in (8, 16, 32):
             raise ModelError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         act: type[nn.Module] = get_act_layer(act_layer)
         norm: type[nn.Module] = get_norm_layer(norm_layer)
-
-        stem_chs = self._build_stem(stem, in_chans, act, norm, dd)
+        super().__init__(num_classes, in_chans, drop_rate, act, norm, dd)
+        if stem.widths is not None:
+            self._use_deep_stem(stem, stem.widths, act, norm, dd)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.feature_info = [{"num_chs": stem_chs, "reduction": 2, "module": "act1"}]
 
         channels = (64, 128, 256, 512)
         stages, stage_info = make_blocks(
             (Res2Block,) * 4,
             channels,
             tuple(layers),
-            stem_chs,
+            self.feature_info[0]["num_chs"],
             output_stride=output_stride,
             avg_down=avg_down,
             drop_block_rate=drop_block_rate,
@@ -318,50 +314,30 @@ class Res2Net(ResNet):
             self.add_module(name, stage)
         self.feature_info.extend(stage_info)
 
-        self.num_features = channels[-1] * Res2Block.expansion
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.init_weights(zero_init_last=zero_init_last)
+        self._finish(channels[-1] * Res2Block.expansion, global_pool, zero_init_last, dd)
 
-    def _build_stem(
+    def _use_deep_stem(
         self,
         stem: StemSpec,
-        in_chans: int,
+        widths: tuple[int, int, int],
         act_layer: type[nn.Module],
         norm_layer: type[nn.Module],
         dd: dict[str, Any],
-    ) -> int:
-        """Make `conv1`, `bn1` and `act1`, which timm's ResNet calls in this order, and return their channels."""
-        if stem.widths is None:
-            self.conv1: nn.Module = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd)
-            self.bn1 = norm_layer(64, **dd)
-            self.act1 = act_layer()
-            return 64
+    ) -> None:
+        """Put three 3x3 convolutions into `conv1`, `bn1` and `act1`, which timm's ResNet calls in this order."""
         act_first = stem.order == "act_norm"
         modules: list[nn.Module] = []
-        chs = in_chans
-        for i, width in enumerate(stem.widths):
+        chs = self.in_chans
+        for i, width in enumerate(widths):
             modules.append(nn.Conv2d(chs, width, 3, stride=2 if i == 0 else 1, padding=1, bias=stem.act_bias, **dd))
             norm_act = [norm_layer(width, **dd), act_layer()]
             modules += reversed(norm_act) if act_first else norm_act
             chs = width
         # The last norm and activation are the network's own bn1 and act1. With the activation first it goes into conv1,
-        # and act1, where timm taps the stem's features, is empty. timm runs feature extractors in order of assignment.
+        # and act1, where timm taps the stem's features, is empty.
         if act_first:
             modules.append(nn.Identity())
         self.conv1 = nn.Sequential(*modules[:-2])
         self.bn1 = modules[-2]
         self.act1 = modules[-1]
-        return chs
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Initialise as the sources do: He normal by fan-out, biases of convolutions zero, BN as the identity.
-
-        Args:
-            zero_init_last: Start each residual branch at zero.
-        """
-        super().init_weights(zero_init_last=zero_init_last)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.feature_info[0]["num_chs"] = chs

@@ -15,41 +15,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from r2kit.backbones._res2 import Res2Net, StemSpec
+from r2kit.backbones._skeleton import imagenet_cfg
 
 _PLUS_STEM = StemSpec(widths=(32, 64, 64), order="act_norm")
 _PLUS_D_STEM = StemSpec(widths=(32, 32, 64), order="act_norm", act_bias=True)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return timm's configuration of a network of this file."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1.0",
-        "classifier": "fc",
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        "res2netplus50.untrained": _cfg(),
-        "res2netplus101.untrained": _cfg(),
-        "res2netplus152.untrained": _cfg(),
-        "res2netplus50d.untrained": _cfg(),
-        "res2netplus101d.untrained": _cfg(),
-        "res2nextplus50.untrained": _cfg(),
-        "res2netplus50_res2fg.untrained": _cfg(),
+        f"{name}.untrained": imagenet_cfg(first_conv="conv1.0")
+        for name in (
+            "res2netplus50",
+            "res2netplus101",
+            "res2netplus152",
+            "res2netplus50d",
+            "res2netplus101d",
+            "res2nextplus50",
+            "res2netplus50_res2fg",
+        )
     }
 )
 
