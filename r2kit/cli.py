@@ -151,7 +151,7 @@ def models(
     pattern: Annotated[str | None, typer.Argument(help="Names to show, e.g. '*plus*' or 'scalenet'.")] = None,
 ) -> None:
     """List the family: parameters, GMACs, published top-1, weights and their licence."""
-    from r2kit.backbones.catalog import family
+    from r2kit.catalog import family
     from r2kit.console import make_console, table
 
     entries = family(pattern)
@@ -161,9 +161,9 @@ def models(
             entry.family,
             f"{entry.params / 1e6:.2f}",
             f"{entry.macs / 1e9:.2f}",
-            entry.input_size,
+            entry.input_size[-1],
             "-" if entry.top1 is None else f"{entry.top1:.2f}",
-            entry.weights or "none",
+            "none" if entry.weights is None else f"{entry.weights} (licence {entry.licence})",
         ]
         for entry in entries
     ]
