@@ -1,0 +1,134 @@
+"""A trained network at work: which device, images from files to tensors, logits to probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from r2kit.errors import DataError, ModelError
+
+Reader = Callable[[Any], NDArray[Any]]
+Prepare = Callable[[NDArray[Any]], tuple[Tensor, ...]]
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """Return the device that a word names: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+
+    Raises:
+        ModelError: If the word is none, or this machine has no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"device: '{device}' is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(chosen.type, False):
+        raise ModelError(f"device: '{device}' asked for, and this machine has none; use auto or cpu")
+    return chosen
+
+
+class Classifier:
+    """A network on its device, from a batch of images to probabilities, always in float32 arithmetic.
+
+    Args:
+        model: (B, C, H, W) -> logits (B, K).
+        device: Where to run, see `choose_device`.
+        channels_last: Layout of the images in memory.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "auto", *, channels_last: bool = True) -> None:
+        self.device = choose_device(device)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.eval().to(self.device, torch.float32).to(memory_format=self.layout)
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> NDArray[np.float64]:
+        """Return the probabilities (B, K) of normalised images (B, C, H, W); rows sum to 1."""
+        logits = self.model(image.to(self.device, torch.float32).contiguous(memory_format=self.layout))
+        probs: NDArray[np.float64] = logits.double().softmax(1).cpu().numpy()
+        return probs
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Some images, read and prepared.
+
+    Attributes:
+        index: Positions in the list of keys of the images that could be read.
+        tensors: What `prepare` made of them, each stacked along a new first axis; empty when none could be read.
+        failed: (position, reason) of each image that could not be read.
+    """
+
+    index: list[int]
+    tensors: tuple[Tensor, ...]
+    failed: list[tuple[int, str]]
+
+
+def load_images(
+    read: Reader,
+    keys: Sequence[Any],
+    prepare: Prepare,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    start_method: str | None = "spawn",
+) -> Iterator[Loaded]:
+    """Read and prepare images in the order of their keys.
+
+    Args:
+        read: From a key to the raw image (H, W, C); raises DataError for an image that cannot be used. Must be
+            picklable when there are workers.
+        keys: What `read` takes, one an image.
+        prepare: From the raw image to tensors of one shape for all images; may raise DataError too. Picklable.
+        batch_size: Images at once.
+        workers: Processes that read; 0 reads in this one. The result does not depend on it.
+        start_method: How those processes start; ``spawn`` is the one that is safe with GDAL, which holds locks that a
+            fork would copy in whatever state they are. None for the platform's default.
+    """
+    loader = DataLoader(
+        _Images(read, keys, prepare),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_stack,
+        multiprocessing_context=start_method if workers else None,
+    )
+    yield from loader
+
+
+@dataclass(frozen=True)
+class _Images(Dataset[tuple[int, tuple[Tensor, ...] | None, str]]):
+    """Images by position, with the reason in place of one that cannot be read."""
+
+    read: Reader
+    keys: Sequence[Any]
+    prepare: Prepare
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, position: int) -> tuple[int, tuple[Tensor, ...] | None, str]:
+        try:
+            return position, self.prepare(self.read(self.keys[position])), ""
+        except DataError as error:
+            return position, None, str(error)
+
+
+def _stack(items: list[tuple[int, tuple[Tensor, ...] | None, str]]) -> Loaded:
+    """Collate the readable images and list the others."""
+    good = [(position, tensors) for position, tensors, _ in items if tensors is not None]
+    failed = [(position, reason) for position, tensors, reason in items if tensors is None]
+    columns = zip(*(tensors for _, tensors in good), strict=True)
+    return Loaded([position for position, _ in good], tuple(torch.stack(column) for column in columns), failed)

@@ -1,0 +1,133 @@
+"""Predict the class of image files with a run's network, as CSV and Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
+
+from r2kit.data.preprocess import Preprocess
+from r2kit.data.reader import find_images, read_image
+from r2kit.errors import DataError
+from r2kit.inference import Classifier, load_images
+from r2kit.result import PROBABILITY
+from r2kit.run import Run
+
+
+def predict(
+    run: Run,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_file: Literal["error", "skip"] = "error",
+) -> pd.DataFrame:
+    """Predict the class of image files.
+
+    Class names, bands and preprocessing are the run's. An image that cannot be read does not stop the others.
+
+    Args:
+        run: A finished run.
+        paths: Image files and folders; a folder stands for all images below it.
+        out: Where to write: ``NAME`` gives NAME.csv and NAME.parquet. None writes nothing.
+        batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
+        workers: Processes that read images.
+        device: See `inference.choose_device`.
+        on_bad_file: ``error`` writes the table of the readable images and then raises; ``skip`` returns it. Either way
+            ``frame.attrs["skipped"]`` of the returned table lists [path, reason] of each image left out.
+
+    Returns:
+        One row an image in the order of the paths: ``path``, ``class``, ``confidence`` (the largest probability), and
+        ``prob_<class>`` for each class.
+
+    Raises:
+        DataError: If there is no image, or one could not be read and `on_bad_file` is ``error``.
+    """
+    files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
+    preprocess = run.preprocess
+    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last)
+    order: list[int] = []
+    probs: list[NDArray[np.float64]] = []
+    skipped: list[tuple[str, str]] = []
+    reader, prepare = _Read(preprocess), _Prepare(preprocess)
+    for batch in load_images(reader, files, prepare, batch_size=batch_size, workers=workers):
+        skipped += [(str(files[position]), reason) for position, reason in batch.failed]
+        if batch.index:
+            order += batch.index
+            probs.append(classify(batch.tensors[0]))
+    table = _table([files[i] for i in order], preprocess.classes, probs)
+    table.attrs["skipped"] = [list(item) for item in skipped]
+
+    written = "" if out is None else _write(table, Path(out))
+    if skipped and on_bad_file == "error":
+        raise DataError(_bad_files(skipped, len(table), written))
+    return table
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Read a file with the run's bands; picklable for loader processes."""
+
+    preprocess: Preprocess
+
+    def __call__(self, path: Path) -> NDArray[Any]:
+        bands = self.preprocess.bands
+        raw = read_image(path, bands=bands)
+        if raw.shape[-1] != len(bands):
+            raise DataError(f"{path}: has {raw.shape[-1]} bands, the run was trained with {', '.join(bands)}")
+        return raw
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """The network's input, as validation saw it."""
+
+    preprocess: Preprocess
+
+    def __call__(self, raw: NDArray[Any]) -> tuple[Tensor, ...]:
+        return (self.preprocess.apply(raw),)
+
+
+def _table(files: Sequence[Path], classes: Sequence[str], probs: list[NDArray[np.float64]]) -> pd.DataFrame:
+    """Path, class, confidence and all probabilities of each readable image."""
+    stacked = np.concatenate(probs) if probs else np.zeros((0, len(classes)))
+    names = np.asarray(classes, dtype=object)
+    table = pd.DataFrame(
+        {
+            "path": [str(file) for file in files],
+            "class": names[stacked.argmax(1)] if len(stacked) else np.zeros(0, dtype=object),
+            "confidence": stacked.max(1) if len(stacked) else np.zeros(0),
+        }
+    )
+    return pd.concat([table, pd.DataFrame(stacked, columns=[f"{PROBABILITY}{name}" for name in classes])], axis=1)
+
+
+def _write(table: pd.DataFrame, out: Path) -> str:
+    """Write both files; return their names in words."""
+    stem = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
+    csv, parquet = Path(f"{stem}.csv"), Path(f"{stem}.parquet")
+    try:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(csv, index=False)
+        table.to_parquet(parquet, index=False)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}; give another --out") from None
+    return f"{csv} and {parquet.name}"
+
+
+def _bad_files(skipped: Sequence[tuple[str, str]], good: int, written: str) -> str:
+    """One line that lists the images that could not be read, the first ten by name."""
+    reasons = "; ".join(reason if path in reason else f"{path}: {reason}" for path, reason in skipped[:10])
+    more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+    where = f"; the other {good} are in {written}" if written else ""
+    total = good + len(skipped)
+    verb = "could not be read"
+    return f"{len(skipped)} of {total} images {verb}{where}; leave them out with --on-bad-file skip: {reasons}{more}"
