@@ -1,0 +1,77 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from r2kit.recipe import Recipe
+from r2kit.tasks import ClassificationTask, classification_metrics, warmup_cosine
+
+
+def outputs(count=23, classes=4):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(count, classes, generator=generator)
+    label = torch.randint(0, classes - 1, (count,), generator=generator)  # the last class never occurs
+    logits[:, -1] = -9
+    return torch.arange(count), logits, label
+
+
+def test_metrics_agree_with_torchmetrics():
+    index, logits, label = outputs()
+    found = classification_metrics(index, logits, label, 4)
+    assert found["val_acc"] == pytest.approx(multiclass_accuracy(logits, label, 4, average="micro").item())
+    assert found["val_f1"] == pytest.approx(multiclass_f1_score(logits, label, 4, average="macro").item())
+    assert found["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, label).item(), rel=1e-6)
+
+
+def test_metrics_count_a_padded_image_once_and_ignore_the_order():
+    index, logits, label = outputs()
+    want = classification_metrics(index, logits, label, 4)
+    padded = torch.cat([torch.randperm(23, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 5])])
+    assert classification_metrics(index[padded], logits[padded], label[padded], 4) == want
+
+
+def test_warmup_cosine():
+    rates = [warmup_cosine(step, 4, 20) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[12] == pytest.approx(0.5)
+    assert rates[20] == pytest.approx(0.0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert warmup_cosine(0, 0, 1) == 1.0
+    assert not math.isnan(warmup_cosine(5, 5, 5))
+
+
+def small_net():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    )
+    net.get_classifier = lambda: net[3]
+    return net
+
+
+def test_frozen_means_gradients_and_batch_statistics():
+    recipe = Recipe.model_validate({"train": {"freeze": "backbone"}})
+    task = ClassificationTask(recipe, small_net(), 2)
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    task.train()
+    assert task.model.training
+    assert not task.model[1].training
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
+    batch = {"image": torch.randn(4, 3, 8, 8), "label": torch.tensor([0, 1, 1, 0])}
+    task._step(batch, "train")[1].backward()
+    optimizer.step()
+    changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"3.weight", "3.bias"}
+    assert task.frozen.parameters == 3 * 4 * 9 + 4 + 8
+
+
+def test_norms_and_biases_do_not_decay():
+    from r2kit.models import parameter_groups
+
+    net = small_net()
+    decay, plain = parameter_groups(net, 0.1)
+    assert [p.ndim for p in decay["params"]] == [4, 2]
+    assert decay["weight_decay"] == 0.1
+    assert len(plain["params"]) == 4
+    assert plain["weight_decay"] == 0.0
