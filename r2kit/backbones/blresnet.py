@@ -16,9 +16,9 @@ the channels change; the big branch is resized by nearest neighbour; the little 
 the width per group in ``1 / alpha`` of the groups. Keys are the authors', except that the SE layer is `se`, not
 `se_layer`.
 
-`blres2net50` has no public code. Its name and error (21.68 %) are from the Res2Net paper; inferred here are that *every*
-bottleneck, in both branches and in stage 4, is a Res2 unit of 26w x 4s, and that alpha is 2 and beta 4, as in all of the
-Big-Little paper's main results.
+`blres2net50` has no public code. Its name and error (21.68 %) are from the Res2Net paper; inferred here are that
+*every* bottleneck, in both branches and in stage 4, is a Res2 unit of 26w x 4s, and that alpha is 2 and beta 4, as in
+all of the Big-Little paper's main results.
 
 Source: Chen et al. 2019, "Big-Little Net", ICLR, arXiv:1807.03848; github.com/IBM/BigLittleNet. Gao et al. 2019,
 arXiv:1904.01169, for the Res2 unit.
@@ -205,8 +205,8 @@ class BigLittleNet(StagedNet):
             go on halving, as their maps are resized back.
         global_pool: Name of a timm pooling: ``avg``, ``max``, ``avgmax``, ``catavgmax`` or an empty string.
         drop_rate: Dropout in front of the classifier.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from zero at the first, and parallel blocks
-            of a big and a little branch have the same.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from zero at the first, and parallel
+            blocks of a big and a little branch have the same.
         zero_init_last: Start each residual branch at zero, as the authors do.
         device: Where to make the parameters.
         dtype: What the parameters are.
@@ -244,22 +244,22 @@ class BigLittleNet(StagedNet):
         if cardinality > 1 and cardinality % alpha:
             raise ModelError(f"cardinality {cardinality} must be a multiple of alpha {alpha}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        act_layer = get_act_layer(act_layer)
-        norm_layer = get_norm_layer(norm_layer)
-        super().__init__(num_classes, in_chans, drop_rate, act_layer, norm_layer, dd)
+        act: type[nn.Module] = get_act_layer(act_layer)
+        norm: type[nn.Module] = get_norm_layer(norm_layer)
+        super().__init__(num_classes, in_chans, drop_rate, act, norm, dd)
 
         chs = self.stem_chs
         self.b_conv0 = nn.Conv2d(chs, chs, 3, stride=2, padding=1, bias=False, **dd)
-        self.bn_b0 = norm_layer(chs, **dd)
+        self.bn_b0 = norm(chs, **dd)
         self.l_conv0 = nn.Conv2d(chs, chs // alpha, 3, padding=1, bias=False, **dd)
-        self.bn_l0 = norm_layer(chs // alpha, **dd)
+        self.bn_l0 = norm(chs // alpha, **dd)
         self.l_conv1 = nn.Conv2d(chs // alpha, chs // alpha, 3, stride=2, padding=1, bias=False, **dd)
-        self.bn_l1 = norm_layer(chs // alpha, **dd)
+        self.bn_l1 = norm(chs // alpha, **dd)
         self.l_conv2 = nn.Conv2d(chs // alpha, chs, 1, bias=False, **dd)
-        self.bn_l2 = norm_layer(chs, **dd)
+        self.bn_l2 = norm(chs, **dd)
         self.bl_init = nn.Conv2d(chs, chs, 1, bias=False, **dd)
-        self.bn_bl_init = norm_layer(chs, **dd)
-        self.act = act_layer(inplace=True)
+        self.bn_bl_init = norm(chs, **dd)
+        self.act = act(inplace=True)
 
         shared = {
             "act_layer": act_layer,

@@ -5,8 +5,8 @@ stands behind its average pool ("fast"), the stem is three 3x3 convolutions of 3
 average-pools. The blocks, the attention and the network are timm's.
 
 timm 1.0.31 applies a block's `drop_path` to its *input*, after the shortcut has been taken from it: an identity block
-is never dropped, and a projecting one loses its shortcut. `SplitAttentionBlock` drops the residual branch; `fix_drop_path`
-gives that to a network that timm built, without touching its tensors.
+is never dropped, and a projecting one loses its shortcut. `SplitAttentionBlock` drops the residual branch;
+`fix_drop_path` gives that to a network that timm built, without touching its tensors.
 
 At output stride 8 or 16 the networks follow timm (no average pool in a block whose stride was removed), not the
 authors' code, which keeps a 3x3 pool of stride 1 there: the weights fit, the features differ a little.

@@ -143,7 +143,8 @@ class ScaleBlock(nn.Module):
 
     def zero_init_last(self) -> None:
         """Start the residual branch at zero; called by timm's `init_weights`."""
-        nn.init.zeros_(self.bn3.weight)
+        if isinstance(self.bn3.weight, Tensor):  # a norm layer may have none
+            nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_chs, H, W) to (B, 4 * planes, H / stride, W / stride), sides rounded down, at least 1."""
@@ -203,9 +204,9 @@ class ScaleNet(StagedNet):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        act_layer = get_act_layer(act_layer)
-        norm_layer = get_norm_layer(norm_layer)
-        super().__init__(num_classes, in_chans, drop_rate, act_layer, norm_layer, dd)
+        act: type[nn.Module] = get_act_layer(act_layer)
+        norm: type[nn.Module] = get_norm_layer(norm_layer)
+        super().__init__(num_classes, in_chans, drop_rate, act, norm, dd)
         if len(channels) != 4 or min(channels) < 1:
             raise ModelError(f"channels must be four positive numbers, one per stage, got {list(channels)}")
         self.structure = read_structure(structure)
@@ -214,7 +215,7 @@ class ScaleNet(StagedNet):
         in_chs, index = self.stem_chs, 0
         stages = zip(stages_of(self.structure), channels, plan_stages((1, 2, 2, 2), output_stride), strict=True)
         for number, (rows, planes, plan) in enumerate(stages, start=1):
-            blocks = []
+            blocks: list[nn.Module] = []
             for row in rows:
                 first = not blocks
                 blocks.append(
@@ -226,8 +227,8 @@ class ScaleNet(StagedNet):
                         project=first and (number > 1 or in_chs != planes * ScaleBlock.expansion),
                         dilation=plan.dilation,
                         drop_path=drop_path_at(index, len(self.structure), drop_path_rate),
-                        act_layer=act_layer,
-                        norm_layer=norm_layer,
+                        act_layer=act,
+                        norm_layer=norm,
                         **dd,
                     )
                 )
