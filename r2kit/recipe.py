@@ -62,6 +62,9 @@ class DataSpec(Spec):
     """Share of the images held out for the reported result; 0 reports on the validation images and says so."""
     block_degrees: Annotated[float, Field(gt=0.0, le=90.0)] = 10.0
     """Side of a spatial block in degrees of longitude and latitude, for the split by `blocks`."""
+    buffer_degrees: Annotated[float, Field(ge=0.0, le=45.0)] = 0.0
+    """Training images whose centre is within this many degrees of longitude and latitude of a held-out image are left
+    out, for the split by `blocks`."""
     on_bad_file: Literal["error", "skip"] = "error"
     """What an unreadable image does: stop before training, or be left out and listed."""
     workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"

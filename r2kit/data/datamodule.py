@@ -1,0 +1,241 @@
+"""The Lightning DataModule: from the data part of a recipe to batches on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pandas as pd
+import torch
+
+from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
+from r2kit.data.mix import draw_kind, mix_batch
+from r2kit.data.preprocess import Preprocess
+from r2kit.data.sources import Source, loader_workers, open_source
+from r2kit.data.splits import PARTS, Split, make_split
+from r2kit.data.statistics import band_statistics, check_fit
+from r2kit.errors import DataError, did_you_mean
+from r2kit.recipe import AugmentSpec, DataSpec
+
+_TAG_MIX = 5
+
+
+class DataModule(lightning.LightningDataModule):
+    """Opens the data, splits it, measures it, and serves batches.
+
+    The trainer must be built with ``use_distributed_sampler=False``: the samplers here share the images out over the
+    processes themselves, without padding in evaluation. Between `setup` and the first loader, `preprocess` may be
+    replaced, for example by ``preprocess.with_stats(...)`` of pretrained weights.
+
+    Args:
+        spec: The `data` part of a recipe.
+        augment: The `augment` part of a recipe.
+        seed: The recipe's seed.
+        batch_size: Images of a batch in one process.
+        preprocess: That of a run, for using its model on data; None makes one from the data.
+        split_file: A split to use instead of making one, as `Split.save` wrote it.
+        all_test: Put every image into the test part: for evaluating on other data than the run was trained on.
+    """
+
+    source: Source
+    split: Split
+    preprocess: Preprocess
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        augment: AugmentSpec,
+        *,
+        seed: int,
+        batch_size: int,
+        preprocess: Preprocess | None = None,
+        split_file: Path | None = None,
+        all_test: bool = False,
+    ) -> None:
+        super().__init__()
+        if split_file is not None and all_test:
+            raise ValueError("split_file and all_test exclude each other")
+        self.spec = spec
+        self.augment = augment
+        self.seed = seed
+        self.batch_size = batch_size
+        self._given_preprocess = preprocess
+        self._split_file = split_file
+        self._all_test = all_test
+        self._ready = False
+        self._statistics: pd.DataFrame | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the source, split it and settle the preprocessing; later calls do nothing.
+
+        Raises:
+            DataError: If the data cannot be used, or does not fit the given preprocessing.
+            MissingExtraError: If the source needs packages that are not installed.
+        """
+        if self._ready:
+            return
+        self.source = open_source(self.spec)
+        if self._given_preprocess is not None:
+            self._check_bands(self._given_preprocess)
+        self.labels = self._labels()
+        self.split = self._make_split()
+        if self._given_preprocess is not None:
+            self.preprocess = self._given_preprocess
+        else:
+            statistics = self.band_statistics()
+            self.preprocess = Preprocess(
+                bands=self.source.bands,
+                mean=tuple(float(value) / self.source.scale for value in statistics["mean"]),
+                std=tuple(float(value) / self.source.scale for value in statistics["std"]),
+                scale=self.source.scale,
+                size=self.spec.size,
+                resize=self.spec.resize,
+                interpolation="bilinear",
+                classes=self.source.classes,
+                nodata=self.source.nodata,
+            )
+        self._ready = True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels that the batches carry."""
+        return self._given_preprocess.classes if self._given_preprocess is not None else self.source.classes
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(path, reason) of each image that was left out."""
+        return self.source.skipped
+
+    def counts(self) -> pd.DataFrame:
+        """Images per class (rows, in the order of the classes) and part (columns train, val, test)."""
+        table = {part: np.bincount(self.labels[self.split.rows(part)], minlength=len(self.classes)) for part in PARTS}
+        return pd.DataFrame(table, index=pd.Index(self.classes, name="class"))
+
+    def band_statistics(self) -> pd.DataFrame:
+        """Mean, std, min and max of each band over the training images, in raw units; measured once.
+
+        ``attrs["images"]`` of the result says how many images were read. Where nothing is held for training, all
+        images stand in.
+        """
+        if self._statistics is None:
+            rows = self.split.train if len(self.split.train) else np.concatenate([self.split.val, self.split.test])
+            self._statistics = band_statistics(self.source, rows)
+        return self._statistics
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled, augmented training batches.
+
+        Raises:
+            DataError: If the normalisation does not fit the training images.
+        """
+        if problem := check_fit(self.preprocess, self.band_statistics()):
+            raise DataError(problem)
+        return self.loader(self.split.train, train=True)
+
+    def val_dataloader(self) -> Loader:
+        """Validation batches in the order of the manifest."""
+        return self.loader(self.split.val, train=False)
+
+    def test_dataloader(self) -> Loader:
+        """Test batches in the order of the manifest."""
+        return self.loader(self.split.test, train=False)
+
+    def loader(self, rows: np.ndarray, train: bool) -> Loader:
+        """Build a loader of any rows.
+
+        Under torch.distributed each process gets its share (see `EpochSampler`).
+
+        Args:
+            rows: Rows of the manifest.
+            train: Whether to shuffle and augment.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        sampler = EpochSampler(
+            rows,
+            train=train,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            rank=torch.distributed.get_rank() if distributed else 0,
+            world=torch.distributed.get_world_size() if distributed else 1,
+        )
+        samples = Samples(
+            self.source,
+            self.labels,
+            self.preprocess,
+            augment=self.augment.preset if train and self.augment.preset != "none" else None,
+            seed=self.seed,
+        )
+        workers = 0 if self.spec.workers == "auto" and self.source.in_memory else loader_workers(self.spec.workers)
+        return make_loader(
+            samples,
+            sampler,
+            batch_size=self.batch_size,
+            workers=workers,
+            start_method=self.source.start_method,
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Mix the batch on its device while training; called by the trainer."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return batch
+        epochs = trainer.max_epochs
+        if epochs is not None and epochs > 0 and trainer.current_epoch >= epochs - self.augment.mix_off_epochs:
+            return batch
+        return self.mix(batch, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+
+    def mix(self, batch: Batch, epoch: int, batch_index: int, rank: int = 0) -> Batch:
+        """Apply MixUp or CutMix as the recipe asks: a pure function of seed, epoch, batch index and rank.
+
+        Args:
+            batch: A batch of the training loader; not changed.
+            epoch: Pass over the training images, from 0.
+            batch_index: Position of the batch in the epoch, from 0.
+            rank: Process.
+
+        Returns:
+            The same batch, or one with blended `image` and float (B, K) `label`.
+        """
+        key = (self.seed, _TAG_MIX, epoch, batch_index, rank)
+        kind = draw_kind(self.augment, key)
+        if kind is None:
+            return batch
+        alpha = self.augment.mixup_alpha if kind == "mixup" else self.augment.cutmix_alpha
+        image, label = mix_batch(batch["image"], batch["label"], kind, alpha, len(self.classes), key)
+        return {**batch, "image": image, "label": label}
+
+    def _check_bands(self, preprocess: Preprocess) -> None:
+        """Refuse data whose bands or pixel scale are not those that the run was trained on."""
+        if self.source.bands != preprocess.bands:
+            raise DataError(
+                f"{self.source.name}: bands {', '.join(self.source.bands)}, but the run was trained on "
+                f"{', '.join(preprocess.bands)}"
+            )
+        if self.source.scale != preprocess.scale:
+            raise DataError(
+                f"{self.source.name}: pixels are divided by {self.source.scale:g}, but by {preprocess.scale:g} in the "
+                "run; the files are of another pixel type"
+            )
+
+    def _labels(self) -> np.ndarray:
+        """Labels of the manifest, as positions in the run's classes where a run is given."""
+        labels = self.source.manifest["label"].to_numpy(dtype=np.int64)
+        if self._given_preprocess is None or self._given_preprocess.classes == self.source.classes:
+            return labels
+        known = list(self._given_preprocess.classes)
+        for name in self.source.classes:
+            if name not in known:
+                raise DataError(
+                    f"class '{name}' is unknown to the run, which knows {', '.join(known)}{did_you_mean(name, known)}"
+                )
+        return np.array([known.index(name) for name in self.source.classes], dtype=np.int64)[labels]
+
+    def _make_split(self) -> Split:
+        """The split of the given file, everything in the test part, or a new one."""
+        manifest = self.source.manifest
+        if self._split_file is not None:
+            return Split.load(self._split_file, manifest)
+        if self._all_test:
+            return Split.all_test(manifest)
+        return make_split(manifest, self.source.classes, self.spec, self.seed)

@@ -1,0 +1,184 @@
+"""Samples, their order and their batches: every draw a pure function of (seed, epoch, row), in any process.
+
+Kept apart from the Lightning DataModule so that a loader process that starts afresh need not import Lightning.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from r2kit.data.preprocess import Preprocess
+from r2kit.data.sources import Source
+from r2kit.errors import DataError
+
+Batch = dict[str, Tensor]
+_TAG_ORDER, _TAG_AUGMENT = 3, 4  # keep the random numbers of the uses of one seed apart
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, row): shuffled and shared out evenly for training, in order and unpadded for evaluation.
+
+    Training: every process gets the same number of rows, all different; up to ``world`` rows of an epoch, others each
+    time, are left out where they do not divide. A last batch of a single image, which BatchNorm refuses, is left out
+    too. Evaluation: each row goes to exactly one process.
+
+    Args:
+        rows: Rows of the manifest.
+        train: Whether to shuffle and share out evenly.
+        seed: The recipe's seed.
+        batch_size: Images of a batch in one process.
+        rank: This process.
+        world: Number of processes.
+
+    Raises:
+        DataError: If there are too few rows for training.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, *, train: bool, seed: int, batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.rows = np.asarray(rows, dtype=np.int64)
+        self.train = train
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        if train:
+            self._length = len(self.rows) // world
+            if self._length % batch_size == 1:
+                self._length -= 1
+            if self._length < 2:
+                raise DataError(
+                    f"{len(self.rows)} training image(s) are too few for {world} process(es); 2 each at least"
+                )
+        else:
+            self._length = len(range(rank, len(self.rows), world))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; Lightning calls this by itself."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rows = self.rows
+        if self.train:
+            rows = np.random.default_rng([self.seed, _TAG_ORDER, self.epoch]).permutation(rows)
+        mine = rows[self.rank :: self.world][: self._length]
+        return iter([(self.epoch, int(row)) for row in mine])
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Reads, augments and resizes single images.
+
+    Args:
+        source: Where the images are.
+        labels: (N,) int64, the label of each row of the manifest.
+        preprocess: Size and normalisation.
+        augment: Name of the augmentation preset, or None for evaluation.
+        seed: The recipe's seed.
+    """
+
+    def __init__(
+        self, source: Source, labels: np.ndarray, preprocess: Preprocess, augment: str | None, seed: int
+    ) -> None:
+        self.source = source
+        self.labels = labels
+        self.preprocess = preprocess
+        self.preset = augment
+        self.seed = seed
+        self._augment: Any = None  # made on first use: a loader process that starts afresh makes its own
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return raw-unit `image` (C, h, w), `label` and `index` of (epoch, row)."""
+        epoch, row = key
+        raw = self.source.read(row)
+        if self.preset is not None:
+            if self._augment is None:
+                from r2kit.data.transforms import Augment  # albumentations takes seconds to import
+
+                self._augment = Augment(self.preset, nodata=self.preprocess.nodata)  # type: ignore[arg-type]
+            raw = self._augment(raw, (self.seed, _TAG_AUGMENT, epoch, row))
+        try:
+            image = self.preprocess.fit(raw)
+        except DataError as error:
+            raise DataError(f"{self.source.manifest['path'].iloc[row]}: {error}") from error
+        return {"image": image, "label": int(self.labels[row]), "index": row}
+
+
+class Collate:
+    """Stacks samples and normalises the stack.
+
+    Args:
+        preprocess: Normalisation.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+
+    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+        """Return `image` float32 (B, C, H, W) normalised, `label` int64 (B,), `index` int64 (B,)."""
+        return {
+            "image": self.preprocess.normalize(torch.stack([sample["image"] for sample in samples])),
+            "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
+            "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+        }
+
+
+class Loader(DataLoader[dict[str, Any]]):
+    """A DataLoader whose `DataError` stays one line when it happened in a loader process."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError as error:  # torch puts the traceback of the process into the message
+                line = str(error).strip().splitlines()[-1]
+                raise DataError(line.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+            yield batch
+
+
+def make_loader(
+    samples: Samples, sampler: EpochSampler, *, batch_size: int, workers: int, start_method: str | None
+) -> Loader:
+    """Build the loader of one part.
+
+    Args:
+        samples: The images.
+        sampler: Their order.
+        batch_size: Images of a batch.
+        workers: Loader processes; 0 loads in this one.
+        start_method: How they start; None for the platform's default.
+    """
+    return Loader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=Collate(samples.preprocess),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context=start_method if workers else None,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """One thread per loader process: the processes already use all cores."""
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)

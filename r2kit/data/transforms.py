@@ -1,0 +1,150 @@
+"""Augmentation of raw pixels: albumentations behind one adapter that seeds every sample by itself.
+
+Used plainly, albumentations is wrong here in three ways (seen in runs of 2.0.8): loader workers repeat each other's
+draws; one seed given to a pipeline makes all of its transforms draw alike; and brightness transforms clip floats to
+0..1 and take uint16 for 0..65535. Here every sample's generator comes from (seed, epoch, row), all transforms of a
+pipeline draw from that one generator, and light is changed by a transform that knows no range but the pixel type's.
+
+Transforms act on raw pixels before resizing, so an augmented image passes through exactly the preprocessing that
+validation images pass through.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any, Literal
+
+import numpy as np
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing albumentations must not ask the network for news
+import albumentations as A
+from albumentations.augmentations.crops.transforms import BaseCrop
+
+from r2kit.data.preprocess import missing_pixels
+
+Preset = Literal["overhead", "natural", "none"]
+
+
+class RandomWindow(BaseCrop):
+    """Cut out a window of random area, aspect and place: scale and translation without inventing pixels.
+
+    Args:
+        area: Smallest and largest share of the image's area.
+        stretch: Largest factor by which the window's aspect differs from the image's.
+        p: Probability.
+    """
+
+    def __init__(self, area: tuple[float, float], stretch: float, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.area = area
+        self.stretch = stretch
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the corners of the window, x before y as albumentations wants them."""
+        height, width = params["shape"][:2]
+        area = self.py_random.uniform(*self.area)
+        stretch = self.stretch ** self.py_random.uniform(-0.5, 0.5)
+        h = max(1, min(height, round(height * area**0.5 * stretch)))
+        w = max(1, min(width, round(width * area**0.5 / stretch)))
+        top, left = self.py_random.randint(0, height - h), self.py_random.randint(0, width - w)
+        return {"crop_coords": (left, top, left + w, top + h)}
+
+
+class BandLight(A.ImageOnlyTransform):
+    """Change brightness, contrast and the balance of the bands a little, in any pixel type and number of bands.
+
+    Each band becomes ``((x - m) * contrast + m) * gain`` with m its mean in this image and gain the product of one
+    draw for the image and one for the band. Integers are rounded and stay in their type's range; floats are not
+    clipped. Pixels without a measurement keep their value.
+
+    Args:
+        brightness: Largest relative change of all bands together, e.g. 0.1: a gain from 1/1.1 to 1.1.
+        contrast: Largest relative change of the contrast.
+        balance: Largest relative change of one band against the others.
+        nodata: Raw value that means "no measurement", if any.
+        p: Probability.
+    """
+
+    def __init__(
+        self, brightness: float, contrast: float, balance: float, nodata: float | None = None, p: float = 1.0
+    ) -> None:
+        super().__init__(p=p)
+        self.brightness = brightness
+        self.contrast = contrast
+        self.balance = balance
+        self.nodata = nodata
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw one gain per band and one contrast."""
+        bands = data["image"].shape[2]
+        gain = (1.0 + self.brightness) ** self.py_random.uniform(-1.0, 1.0)
+        balance = (1.0 + self.balance) ** self.random_generator.uniform(-1.0, 1.0, bands)
+        contrast = (1.0 + self.contrast) ** self.py_random.uniform(-1.0, 1.0)
+        return {"gain": gain * balance, "contrast": contrast}
+
+    def apply(self, img: np.ndarray, gain: np.ndarray, contrast: float, **params: Any) -> np.ndarray:
+        """Return the image with another light; albumentations passes its own entries in `params`."""
+        missing = missing_pixels(img, self.nodata)
+        if missing is None or not missing.any():
+            missing, mean = None, img.mean(axis=(0, 1), dtype=np.float64)
+        else:
+            count = np.maximum((~missing).sum(axis=(0, 1)), 1)
+            mean = np.where(missing, 0, img).sum(axis=(0, 1), dtype=np.float64) / count
+        slope, shift = contrast * gain, (1.0 - contrast) * mean * gain
+        if img.dtype == np.uint8:  # a table of 256 values a band instead of arithmetic on every pixel
+            values = np.arange(256.0)[:, None] * slope + shift  # (256, C)
+            table = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+            result = np.stack([table[img[..., band], band] for band in range(img.shape[2])], axis=-1)
+        else:
+            result = img * slope.astype(np.float32) + shift.astype(np.float32)
+            if img.dtype.kind in "iu":
+                limits = np.iinfo(img.dtype)
+                result = np.clip(np.rint(result), limits.min, limits.max)
+            result = result.astype(img.dtype)
+        return result if missing is None else np.where(missing, img, result)
+
+
+class Augment:
+    """A preset of transforms as a pure function of an image and a key.
+
+    Args:
+        preset: `overhead`: all eight orientations, mild scale and light. `natural`: left-right flips, more scale and
+            light. `none`: images stay as they are.
+        nodata: Raw value that means "no measurement", if any.
+    """
+
+    def __init__(self, preset: Preset, nodata: float | None = None) -> None:
+        steps: list[Any]
+        if preset == "overhead":
+            steps = [
+                RandomWindow(area=(0.7, 1.0), stretch=1.1, p=0.8),
+                A.D4(p=1.0),
+                BandLight(brightness=0.1, contrast=0.1, balance=0.03, nodata=nodata, p=0.8),
+            ]
+        elif preset == "natural":
+            steps = [
+                RandomWindow(area=(0.4, 1.0), stretch=1.33, p=1.0),
+                A.HorizontalFlip(p=0.5),
+                BandLight(brightness=0.25, contrast=0.25, balance=0.05, nodata=nodata, p=0.8),
+            ]
+        else:
+            steps = []
+        self._pipeline = A.Compose(steps) if steps else None
+
+    def __call__(self, raw: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+        """Augment one image.
+
+        Args:
+            raw: (H, W, C) raw pixels of any real type; not changed.
+            key: Non-negative integers, e.g. (seed, epoch, row); the result is a pure function of image and key.
+
+        Returns:
+            (h, w, C), same type.
+        """
+        if self._pipeline is None:
+            return raw
+        words = np.random.SeedSequence(key).generate_state(3, np.uint64)
+        # One generator for the whole pipeline: set_random_seed would start every transform from the same state.
+        self._pipeline.set_random_state(np.random.default_rng(words[:2]), random.Random(int(words[2])))
+        return self._pipeline(image=raw)["image"]
