@@ -3,13 +3,13 @@
 Nobody has published ImageNet weights of a network with Mish and the activation before the normalisation. But a trained
 `res2net50d` (convolution, BN, ReLU) can be rewritten as a `res2netplus50d` (convolution, activation, BN):
 
-1. Each BN that an activation follows is folded into its convolution, which then has a bias: ``relu(conv'(x))`` equals the
-   old ``relu(BN(conv(x)))``.
-2. The BN that now stands behind the activation starts as the identity. Its running statistics are measured on the user's
-   own images, and its weight and bias undo them: ``weight = sqrt(var + eps)``, ``bias = mean``. So it is the identity in
-   evaluation, and nearly so in training, where the statistics of a batch take their place.
-3. ReLU is the limit of ``x * tanh(softplus(beta * x))`` for large beta, and Mish is beta = 1. Training starts at a large
-   beta and anneals it to 1; `finalize` then puts `torch.nn.Mish` in, and what is saved is a plain Res2NetPlus.
+1. Each BN that an activation follows is folded into its convolution, which then has a bias: ``relu(conv'(x))`` equals
+   the old ``relu(BN(conv(x)))``.
+2. The BN that now stands behind the activation starts as the identity. Its running statistics are measured on the
+   user's own images, and its weight and bias undo them: ``weight = sqrt(var + eps)``, ``bias = mean``. So it is the
+   identity in evaluation, and nearly so in training, where the statistics of a batch take their place.
+3. ReLU is the limit of ``x * tanh(softplus(beta * x))`` for large beta, and Mish is beta = 1. Training starts at a
+   large beta and anneals it to 1; `finalize` then puts `torch.nn.Mish` in, and what is saved is a plain Res2NetPlus.
 
 The normalised splits and sums of a unit need no care, since every tensor that leaves a (convolution, activation, BN) is
 the tensor that left the (convolution, BN, activation) before, zero padding included.
@@ -108,7 +108,7 @@ def warm_start(
     done = convert(source, target, images, beta=beta, max_images=max_images)
     note = f"converted from {source_name}: {done.folded} norms folded, statistics from {done.images} images"
     report: Any = source.load_report
-    target.load_report = replace(report, notes=(*report.notes, note))  # type: ignore[assignment]
+    target.load_report = replace(report, notes=(*report.notes, note))
     carried = ("mean", "std", "interpolation", "crop_pct")
     cfg: Any = source.pretrained_cfg
     target.pretrained_cfg = {**target.pretrained_cfg, **{k: cfg[k] for k in carried}}  # type: ignore[assignment, dict-item]
@@ -123,7 +123,7 @@ def convert(
     beta: float = START_BETA,
     max_images: int = 512,
 ) -> Conversion:
-    """Give `target` the weights of `source` such that, at a large beta, it computes the same; `target` changes in place.
+    """Give `target` the weights of `source` so that it computes the same at a large beta; `target` changes in place.
 
     Args:
         source: A ReLU Res2Net of the v1b skeleton: timm's `res2net50d`, or anything built like it.
@@ -153,8 +153,8 @@ def convert(
 def anneal_beta(progress: float, start: float = START_BETA, until: float = 0.5) -> float:
     """Return beta for a share of training: from `start` at 0 to exactly 1 at `until`, and 1 from there on.
 
-    It is 1 / beta that grows linearly, because the distance from ReLU is proportional to it: so the function changes at a
-    constant rate.
+    It is 1 / beta that grows linearly, because the distance from ReLU is proportional to it: so the function changes
+    at a constant rate.
 
     Args:
         progress: Share of the training that is done, in [0, 1].
@@ -200,9 +200,7 @@ def _converted_state(source: nn.Module, target: nn.Module) -> tuple[dict[str, Te
     used: set[str] = set()
     for (conv, norm), (to_conv, to_norm) in zip(from_pairs, to_pairs, strict=True):
         if f"{to_conv}.bias" not in ours:
-            raise ModelError(
-                f"warm start: {names}: {to_conv} has no bias for a folded norm; res2netplus50d and 101d have"
-            )
+            raise ModelError(f"warm start: {names}: {to_conv} has no bias; build the target with act_bias=True")
         weight, bias = _folded(source.get_submodule(conv), source.get_submodule(norm))
         state |= {f"{to_conv}.weight": weight, f"{to_conv}.bias": bias}
         # The identity, until the statistics are measured.
@@ -235,11 +233,12 @@ def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     pairs = list(zip(convs, norms, strict=True))
     for stage in _STAGES:
         for i, block in enumerate(model.get_submodule(stage).children()):
-            if not isinstance(getattr(block, "convs", None), nn.ModuleList):
+            inner = getattr(block, "convs", None)
+            if not isinstance(inner, nn.ModuleList):
                 raise ModelError(f"warm start: '{architecture_of(model)}' is not made of Res2 units")
             name = f"{stage}.{i}"
             pairs.append((f"{name}.conv1", f"{name}.bn1"))
-            pairs += [(f"{name}.convs.{k}", f"{name}.bns.{k}") for k in range(len(block.convs))]
+            pairs += [(f"{name}.convs.{k}", f"{name}.bns.{k}") for k in range(len(inner))]
     return pairs
 
 
