@@ -15,6 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from r2kit.data.preprocess import missing_pixels
+
 
 def band_features(image: NDArray[np.generic], nodata: float | None = None) -> NDArray[np.float64]:
     """Return the mean and the standard deviation of each band, in the raw units of the pixels.
@@ -26,10 +28,9 @@ def band_features(image: NDArray[np.generic], nodata: float | None = None) -> ND
     Returns:
         (2C,): C means, then C standard deviations (of the population). A band without any observed pixel is NaN.
     """
+    missing = missing_pixels(image, nodata)
     pixels = image.reshape(-1, image.shape[-1]).astype(np.float64)
-    known = ~np.isnan(pixels)
-    if nodata is not None:
-        known &= pixels != nodata
+    known = np.ones(pixels.shape, dtype=bool) if missing is None else ~missing.reshape(pixels.shape)
     count = known.sum(axis=0)
     filled = np.where(known, pixels, 0.0)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that the docstring promises

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r2kit.baselines import band_features, logistic_regression, majority_class
+from r2kit.data.datamodule import DataModule
 from r2kit.data.preprocess import Preprocess
-from r2kit.data.sources import Source, open_source
+from r2kit.data.sources import Source
+from r2kit.data.splits import PARTS
 from r2kit.errors import DataError, RunError, did_you_mean
 from r2kit.inference import Classifier, load_images
 from r2kit.recipe import DataSpec
@@ -43,7 +45,7 @@ def evaluate(
 
     Args:
         run: A finished run.
-        data: A folder of other images, one folder a class, with the run's class names; None takes the run's own data.
+        data: A folder of other images, one folder a class, every class one of the run's; None takes the run's own data.
         split: ``train``, ``val``, ``test``, or ``all`` for every image of `data`; ``auto`` is test where it exists,
             else val, else all.
         batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
@@ -54,7 +56,7 @@ def evaluate(
         The contents of the written JSON file, see `result.compute`, with the name of the predictions' file.
 
     Raises:
-        DataError: If images are missing or unreadable, or classes or bands are not those of the run.
+        DataError: If images are missing or unreadable, or a class or the bands are not the run's.
         RunError: If the run holds no image of the split.
     """
     target = _own_target(run, split) if data is None else _other_target(run, Path(data), split)
@@ -86,7 +88,8 @@ class _Target:
     rows: NDArray[np.int64]
     label: NDArray[np.int64]
     group: NDArray[np.object_] | None
-    train_rows: NDArray[np.int64] | None
+    module: DataModule | None
+    """The run's own data; None where other data is evaluated."""
 
 
 def _reported_split(run: Run) -> str:
@@ -98,67 +101,43 @@ def _reported_split(run: Run) -> str:
 def _own_target(run: Run, split: str) -> _Target:
     """The rows of one split of the run's own data."""
     name = _reported_split(run) if split == "auto" else split
-    if name not in ("train", "val", "test"):
-        hint = did_you_mean(name, ["train", "val", "test", "auto"])
-        raise RunError(f"split: '{name}' is none of auto, train, val, test{hint}")
+    if name not in PARTS:
+        raise RunError(f"split: '{name}' is none of auto, train, val, test{did_you_mean(name, PARTS)}")
     module = run.datamodule()
     module.setup()
-    rows = np.asarray(getattr(module.split, name), dtype=np.int64)
+    source, rows = module.source, module.split.rows(name)
     if rows.size == 0:
         raise RunError(f"{run.path}: the run held out no {name} images; take --split val")
-    source = module.source
-    blocks = module.split.blocks
-    group = source.manifest["group"].to_numpy(object) if blocks is None else np.asarray(blocks, dtype=object)
-    return _Target(
-        name,
-        source,
-        rows,
-        source.manifest["label"].to_numpy(np.int64)[rows],
-        None if pd.isna(group[rows]).all() else group[rows],
-        np.asarray(module.split.train, dtype=np.int64),
-    )
+    return _Target(name, source, rows, module.labels[rows], _groups(run, source, rows), module)
+
+
+def _groups(run: Run, source: Source, rows: NDArray[np.int64]) -> NDArray[np.object_] | None:
+    """What was held out together: the spatial block where the split is spatial, else the source's own group."""
+    held = pd.read_parquet(run.split_file)
+    group = source.manifest["group"].to_numpy(object)[rows]
+    if "block" in held and held["block"].notna().any():
+        group = held.set_index("id")["block"].reindex(source.manifest["id"].iloc[rows]).to_numpy(object)
+    return None if pd.isna(group).all() else group
 
 
 def _other_target(run: Run, folder: Path, split: str) -> _Target:
-    """The rows of a folder that is not the run's own, checked against the run's classes and bands."""
-    spec = run.recipe.data
-    source = open_source(
-        DataSpec(source="folder", root=str(folder), image_size=spec.image_size, resize=spec.resize, limit=None)
-    )
-    preprocess = run.preprocess
-    _same_names(folder, "class", preprocess.classes, source.classes)
-    if tuple(source.bands) != tuple(preprocess.bands):
-        raise DataError(
-            f"{folder}: has the bands {', '.join(source.bands)}; the run was trained with {', '.join(preprocess.bands)}"
-        )
-    manifest = source.manifest
+    """The rows of a folder that is not the run's own; the module checks its classes and bands against the run's."""
+    recipe = run.recipe
+    spec = DataSpec(source="folder", root=str(folder), image_size=recipe.data.image_size, resize=recipe.data.resize)
+    module = DataModule(spec, recipe.augment, seed=recipe.seed, batch_size=64, preprocess=run.preprocess, all_test=True)
+    module.setup()
+    manifest = module.source.manifest
     present = set(manifest["split"].dropna())
     chosen = next((name for name in ("test", "val") if name in present), "all") if split == "auto" else split
     if chosen != "all" and chosen not in present:
-        raise DataError(
-            f"{folder}: has no split '{chosen}', only {', '.join(sorted(present)) or 'all images together'}"
-        )
+        held = ", ".join(sorted(present)) or "all images together"
+        raise DataError(f"{folder}: has no split '{chosen}', only {held}")
     rows = np.arange(len(manifest)) if chosen == "all" else np.flatnonzero(manifest["split"] == chosen)
-    number = {name: i for i, name in enumerate(preprocess.classes)}
-    label = np.array([number[source.classes[i]] for i in manifest["label"].to_numpy()[rows]], dtype=np.int64)
     group = manifest["group"].to_numpy(object)[rows]
     name = folder.resolve().name if chosen == "all" else f"{folder.resolve().name}_{chosen}"
-    if name in ("train", "val", "test"):
+    if name in PARTS:
         name = f"data_{name}"  # never the name of one of the run's own splits
-    return _Target(name, source, rows, label, None if pd.isna(group).all() else group, None)
-
-
-def _same_names(folder: Path, what: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
-    """Refuse a folder whose classes are not exactly the run's, naming those that differ."""
-    extra, missing = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
-    if not extra and not missing:
-        return
-    parts = []
-    if extra:
-        parts.append(f"unknown {what} '{extra[0]}'{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}")
-    if missing:
-        parts.append(f"no {what} '{missing[0]}'{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}")
-    raise DataError(f"{folder}: {', '.join(parts)}; the run's classes are {', '.join(ours)}")
+    return _Target(name, module.source, rows, module.labels[rows], None if pd.isna(group).all() else group, None)
 
 
 @dataclass(frozen=True)
@@ -224,23 +203,21 @@ def _add_baselines(
     table: pd.DataFrame, run: Run, target: _Target, features: NDArray[np.float64], load: dict[str, Any]
 ) -> str | None:
     """Add the baselines' answers, fitted on the run's training images; return why not where those are gone."""
-    source, rows = target.source, target.train_rows
     classes = np.asarray(run.preprocess.classes, dtype=object)
+    train = []
     try:
-        if rows is None:
-            module = run.datamodule()
-            module.setup()
-            source, rows = module.source, np.asarray(module.split.train, dtype=np.int64)
-        label = source.manifest["label"].to_numpy(np.int64)[rows]
-        train = []
-        settings = {**load, "start_method": source.start_method}
-        for batch in load_images(source.read, rows.tolist(), _Prepare(run.preprocess, image=False), **settings):
+        module = run.datamodule() if target.module is None else target.module
+        module.setup()
+        rows = module.split.train
+        settings = {**load, "start_method": module.source.start_method}
+        for batch in load_images(module.source.read, rows.tolist(), _Prepare(run.preprocess, image=False), **settings):
             _refuse_failed(batch.failed)
             train.append(batch.tensors[0].numpy())
     except DataError as error:
-        if target.train_rows is not None:
+        if target.module is not None:
             raise
         return f"the run's training images cannot be read ({error})"
+    label = module.labels[rows]
     table["pred_majority"] = classes[majority_class(label, len(classes))]
     table["pred_logistic"] = classes[logistic_regression(np.concatenate(train), label, features)]
     return None

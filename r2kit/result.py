@@ -108,6 +108,7 @@ def compute(table: pd.DataFrame, classes: Sequence[str], *, split: str, seed: in
         "split": split,
         "images": len(table),
         "groups": None if group is None else len(pd.unique(pd.Series(group).dropna())),
+        "group_word": "spatial block" if table["lon"].notna().any() else "group",
         "classes": list(classes),
         "accuracy": interval(right),
         "balanced_accuracy": metrics.balanced_accuracy_interval(label, pred, count, group, seed=seed).to_dict(),
@@ -222,7 +223,7 @@ def with_interval(interval: dict[str, Any]) -> str:
 
 def images_of(result: Result) -> str:
     """Return how many images of what, for example ``312 test images in 34 blocks``."""
-    where = "" if result["groups"] is None else f" in {_count(result['groups'], 'group')}"
+    where = "" if result["groups"] is None else f" in {_count(result['groups'], result['group_word'])}"
     return f"{result['images']} {result['split']} image{'' if result['images'] == 1 else 's'}{where}"
 
 
