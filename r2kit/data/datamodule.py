@@ -183,7 +183,8 @@ class DataModule(lightning.LightningDataModule):
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and trainer.current_epoch >= epochs - self.augment.mix_off_epochs:
             return batch
-        return self.mix(batch, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+        # Lightning counts the batch after this hook: batch_idx is still that of the batch before, -1 at the first.
+        return self.mix(batch, trainer.current_epoch, trainer.fit_loop.batch_idx + 1, trainer.global_rank)
 
     def mix(self, batch: Batch, epoch: int, batch_index: int, rank: int = 0) -> Batch:
         """Apply MixUp or CutMix as the recipe asks: a pure function of seed, epoch, batch index and rank.

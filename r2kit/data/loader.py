@@ -5,6 +5,7 @@ Kept apart from the Lightning DataModule so that a loader process that starts af
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +165,9 @@ def make_loader(
         workers: Loader processes; 0 loads in this one.
         start_method: How they start; None for the platform's default.
     """
+    context = multiprocessing.get_context(start_method) if workers else None
+    if start_method == "forkserver":  # the server imports torch once, and its children have it
+        multiprocessing.set_forkserver_preload([__name__, "r2kit.data.transforms"])
     return Loader(
         samples,
         batch_size=batch_size,
@@ -173,7 +177,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker if workers else None,
-        multiprocessing_context=start_method if workers else None,
+        multiprocessing_context=context,
     )
 
 

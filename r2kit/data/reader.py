@@ -1,0 +1,299 @@
+"""Reading image files: every picture format and raster tile that people bring, and a clear refusal of the rest.
+
+The content decides how a file is read, not its name. Whatever a decoder makes of broken bytes ends in a `DataError`
+that names the file; sizes are checked before any pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.warp
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning
+
+from r2kit.errors import DataError, did_you_mean
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+MAX_IMAGE_BYTES = 2**30
+"""Largest decoded size of one image."""
+
+RGB = ("red", "green", "blue")
+_PICTURES: dict[str, Any] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+}
+_RASTER_DRIVERS = {"TIFF": "GTiff", "PNG16": "PNG"}
+_TRANSPOSE = {  # EXIF orientation (CIPA DC-008, tag 0x0112) to the operation that shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the header of an image file says, as `read_image` will return it."""
+
+    bands: tuple[str, ...]
+    """Band names."""
+    dtype: str
+    """Name of the NumPy type of the pixels."""
+    scale: float
+    """255 for uint8, 65535 for 16-bit pictures, 1 for rasters of other types."""
+    nodata: float | None
+    """Raw value that means "no measurement", if the file declares one."""
+    lon: float
+    """Longitude of the centre in degrees, NaN without georeference."""
+    lat: float
+    """Latitude of the centre in degrees, NaN without georeference."""
+
+
+def read_image(path: str | Path, *, bands: Sequence[str] | None = None) -> np.ndarray:
+    """Read an image file.
+
+    JPEG, PNG and WebP become red, green, blue whatever they hold (greyscale, palette, CMYK, transparency), turned
+    upright by their EXIF orientation; PNG with 16 bits keeps them. TIFF keeps all its bands and its type; a palette
+    becomes colours and a transparency band is left out.
+
+    Args:
+        path: The file.
+        bands: Names of the bands to return, in this order; None for all.
+
+    Returns:
+        (H, W, C), uint8, uint16 or the raster's own type.
+
+    Raises:
+        DataError: If the file is missing, empty, broken, of another format, too large, or lacks a band.
+    """
+    info, pixels = _decode(Path(path), with_pixels=True)
+    if bands is None or tuple(bands) == info.bands:
+        return pixels
+    for band in bands:
+        if band not in info.bands:
+            raise DataError(f"{path}: no band '{band}'; it has {', '.join(info.bands)}{did_you_mean(band, info.bands)}")
+    return np.ascontiguousarray(pixels[..., [info.bands.index(band) for band in bands]])
+
+
+def inspect_image(path: str | Path, *, decode: bool = False) -> ImageInfo:
+    """Read what an image file says about itself.
+
+    Args:
+        path: The file.
+        decode: Also decode every pixel, to find truncated and damaged files.
+
+    Raises:
+        DataError: As `read_image`.
+    """
+    return _decode(Path(path), with_pixels=decode)[0]
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """List the image files among the given files and, at any depth, in the given folders; hidden ones are left out.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        Files, each once, in the order of `paths`, those of a folder sorted.
+
+    Raises:
+        DataError: If a path is missing, a given file is not of a known format, or a folder holds no image.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in _walk(path) if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise DataError(f"{path}: no image in this folder; known suffixes are {', '.join(IMAGE_SUFFIXES)}")
+            found.update(dict.fromkeys(inside))
+        elif not path.exists():
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, near)}")
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(f"{path}: not an image; known suffixes are {', '.join(IMAGE_SUFFIXES)}")
+        else:
+            found[path] = None
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder that are not hidden, links to folders not followed."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if not path.is_symlink():
+                yield from _walk(path)
+        else:
+            yield path
+
+
+def _decode(path: Path, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
+    """Read header and, if asked, pixels; turn everything that goes wrong into a `DataError` naming the file."""
+    try:
+        kind = _sniff(path)
+        if kind in _RASTER_DRIVERS:
+            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels)
+        return _decode_picture(path, kind, with_pixels)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: does not fit into memory") from error
+    except Exception as error:  # broken bytes make decoders raise nearly anything: SyntaxError, struct.error, ...
+        reason = str(error).strip().splitlines()
+        raise DataError(f"{path}: cannot be decoded: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _sniff(path: Path) -> str:
+    """Tell the format from the first bytes."""
+    with path.open("rb") as file:
+        head = file.read(32)
+    if not head:
+        raise DataError(f"{path}: is empty (0 bytes)")
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG16" if len(head) > 24 and head[24] == 16 else "PNG"  # byte 24: bit depth in the IHDR chunk
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    raise DataError(f"{path}: is not a JPEG, PNG, WebP or TIFF image, whatever its name says")
+
+
+def _check_size(path: Path, height: int, width: int, bytes_per_pixel: int) -> None:
+    """Refuse what would not fit into memory, before decoding it."""
+    size = height * width * bytes_per_pixel
+    if size > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{path}: {height} x {width} pixels take {size / 2**30:.1f} GB decoded, more than the limit of "
+            f"{MAX_IMAGE_BYTES / 2**30:.0f} GB an image; cut it into tiles"
+        )
+    if size <= 0:
+        raise DataError(f"{path}: has no pixels ({height} x {width})")
+
+
+def _decode_picture(path: Path, kind: str, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
+    """Read JPEG, PNG or WebP as RGB."""
+    info = ImageInfo(RGB, "uint8", 255.0, None, float("nan"), float("nan"))
+    with path.open("rb") as file:
+        # The plugin's class instead of Image.open: that one warns about or refuses large pictures by a global limit.
+        picture: Image.Image = _PICTURES[kind](file)
+        _check_size(path, picture.height, picture.width, 4)
+        if not with_pixels:
+            return info, np.empty(0)
+        picture.load()
+        orientation = _orientation(picture)
+        if picture.mode in ("P", "PA"):
+            picture = picture.convert("RGBA")  # a palette may have transparent entries; straight to RGB warns
+        if picture.mode.startswith("I") or picture.mode == "F":
+            raise DataError(f"{path}: pixels of mode {picture.mode} in a {kind} picture are not supported")
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        if orientation in _TRANSPOSE:
+            picture = picture.transpose(_TRANSPOSE[orientation])
+        return info, np.array(picture)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) when there is none or the EXIF block is damaged."""
+    if "exif" not in picture.info:
+        return 1
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:  # damaged metadata of any sort is no reason to refuse the pixels
+        return 1
+
+
+@contextmanager
+def open_raster(path: Path, driver: str | None = None) -> Iterator[Any]:
+    """Open a raster with rasterio, without its warning about files that have no georeference.
+
+    Args:
+        path: The file.
+        driver: GDAL driver to insist on; None lets GDAL choose.
+
+    Yields:
+        The open rasterio dataset.
+    """
+    # Without the listing, opening a file does not cost time in proportion to the number of its neighbours.
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
+        with _open_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            dataset = rasterio.open(path, driver=driver) if driver else rasterio.open(path)
+        try:
+            yield dataset
+        finally:
+            dataset.close()
+
+
+def _decode_raster(path: Path, driver: str, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
+    """Read a TIFF or a 16-bit PNG."""
+    with open_raster(path, driver) as dataset:
+        types = set(dataset.dtypes)
+        dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
+        if dtype is None or dtype.kind not in "iuf":
+            raise DataError(f"{path}: pixels of type {' and '.join(sorted(types))}; one real number type is needed")
+        _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)
+        meaning = list(dataset.colorinterp)
+        kept = [i for i, role in enumerate(meaning) if role is not ColorInterp.alpha]
+        palette = dataset.colormap(1) if meaning[0] is ColorInterp.palette and dtype == np.uint8 else None
+        is_picture = driver == "PNG"
+        names = RGB if palette or is_picture else _band_names(dataset, kept)
+        scale = 255.0 if dtype == np.uint8 else (65535.0 if is_picture else 1.0)
+        nodata = None if palette else dataset.nodata
+        info = ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset))
+        if not with_pixels:
+            return info, np.empty(0)
+        pixels = dataset.read([i + 1 for i in kept])  # (C, H, W)
+    pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if palette:
+        table = np.zeros((256, 3), dtype=np.uint8)
+        for value, colour in palette.items():
+            table[value] = colour[:3]
+        pixels = table[pixels[..., 0]]
+    elif is_picture and pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    return info, pixels
+
+
+def _band_names(dataset: Any, kept: list[int]) -> tuple[str, ...]:
+    """Names of the bands: their descriptions, red, green and blue by their role, else band1, band2, ..."""
+    descriptions = [dataset.descriptions[i] for i in kept]
+    if all(descriptions) and len(set(descriptions)) == len(descriptions):
+        return tuple(str(name) for name in descriptions)
+    roles = [dataset.colorinterp[i] for i in kept]
+    if roles == [ColorInterp.red, ColorInterp.green, ColorInterp.blue]:
+        return RGB
+    return tuple(f"band{i + 1}" for i in kept)
+
+
+def _centre(dataset: Any) -> tuple[float, float]:
+    """(longitude, latitude) of the middle of a georeferenced raster, NaN without."""
+    if dataset.crs is None or dataset.transform.is_identity:
+        return float("nan"), float("nan")
+    x, y = dataset.transform @ (dataset.width / 2, dataset.height / 2)
+    if dataset.crs.to_epsg() == 4326:
+        return float(x), float(y)
+    lon, lat = rasterio.warp.transform(dataset.crs, "EPSG:4326", [x], [y])
+    if not (np.isfinite(lon[0]) and np.isfinite(lat[0])):
+        return float("nan"), float("nan")
+    return float(lon[0]), float(lat[0])
