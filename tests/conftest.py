@@ -1,0 +1,55 @@
+"""Small data that every test can make: no downloads, no packages beyond the core."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"field": (60, 140, 40), "sand": (200, 170, 110), "water": (20, 40, 120)}
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_environment(monkeypatch):
+    """A test neither sees nor leaves the variables with which processes of one run find each other."""
+    for name in ("R2KIT_RUN_FOLDER", "LOCAL_RANK", "RANK", "PL_GLOBAL_SEED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def make_images(root: Path, per_class: int, size: int = 24, seed: int = 0) -> Path:
+    """Write root/CLASS/*.png: noisy pictures of one colour a class."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            noise = rng.normal(0, 30, (size, size, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """A folder of 3 classes with 12 images each."""
+    return make_images(tmp_path_factory.mktemp("data") / "tiles", 12)
+
+
+@pytest.fixture(scope="session")
+def quick_recipe(image_folder) -> dict:
+    """A recipe that trains a tiny network for two epochs in about a second."""
+    return {
+        "name": "quick",
+        "seed": 3,
+        "data": {"root": str(image_folder), "image_size": 32, "workers": 0},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 8, "lr": 3e-3},
+        "augment": {"mixup": 0.3, "cutmix": 0.3},
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_run(quick_recipe, tmp_path_factory):
+    """A finished run of `quick_recipe`; tests read it and do not change it."""
+    import r2kit
+
+    return r2kit.finetune(quick_recipe, out=tmp_path_factory.mktemp("runs") / "quick", quiet=True)

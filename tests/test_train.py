@@ -1,0 +1,192 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import r2kit
+from r2kit import train
+from r2kit.callbacks import Recorder
+from r2kit.errors import ModelError, RecipeError, RunError
+
+pytestmark = [
+    # Lightning names the number of loader processes; r2kit chooses it.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    # Lightning 2.6 against the newest torch.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+]
+
+
+def test_a_run_folder_holds_everything(finished_run, quick_recipe):
+    run = finished_run
+    files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
+    assert {
+        "recipe.yaml",
+        "run.json",
+        "preprocess.json",
+        "split.parquet",
+        "metrics.csv",
+        "metrics.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "model.safetensors",
+        "predictions_test.parquet",
+        "report.html",
+    } <= files
+    assert not [name for name in files if name.endswith(".part")]
+    assert run.info["state"] == "finished"
+    rows = list(csv.DictReader(run.metrics_csv.read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert run.info["best_epoch"] == max(
+        range(2), key=lambda i: (float(rows[i]["val_acc"]), -float(rows[i]["val_loss"]))
+    )
+    assert json.loads(run.metrics_json.read_text())["split"] == "test"
+
+
+def test_what_is_reported_is_the_best_epoch_of_the_network(finished_run):
+    best = torch.load(finished_run.best_checkpoint, weights_only=True)["state_dict"]
+    stored = load_file(finished_run.weights_file)
+    rebuilt = finished_run.model().state_dict()
+    assert set(rebuilt) == set(stored) == {key.removeprefix("model.") for key in best}
+    for key, value in stored.items():
+        assert torch.equal(value, best[f"model.{key}"])
+        assert torch.equal(value, rebuilt[key])
+
+
+def test_checkpoints_hold_plain_values_only(finished_run):
+    for path in (finished_run.best_checkpoint, finished_run.last_checkpoint):
+        checkpoint = torch.load(path, weights_only=True)
+        json.dumps(checkpoint["hyper_parameters"])
+
+
+def test_two_runs_of_one_seed_are_identical(finished_run, quick_recipe, tmp_path):
+    again = r2kit.finetune(quick_recipe, out=tmp_path / "again", quiet=True)
+    assert again.metrics_csv.read_bytes() == finished_run.metrics_csv.read_bytes()
+    first, second = load_file(finished_run.weights_file), load_file(again.weights_file)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_another_seed_is_another_run(finished_run, quick_recipe, tmp_path):
+    other = r2kit.finetune(quick_recipe, overrides=["seed=4"], out=tmp_path / "other", quiet=True)
+    assert other.metrics_csv.read_bytes() != finished_run.metrics_csv.read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_resume_ends_where_the_unbroken_run_ends(quick_recipe, tmp_path, monkeypatch, ema):
+    overrides = ["train.epochs=3", f"train.ema={str(ema).lower()}", "model.drop_path_rate=0.1"]
+    whole = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "whole", quiet=True)
+
+    original = Recorder.on_train_epoch_end
+
+    def stop(self, trainer, module):
+        if trainer.current_epoch == 1:
+            raise Killed
+        original(self, trainer, module)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "on_train_epoch_end", stop)
+        with pytest.raises(Killed):
+            r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "broken", quiet=True)
+    with pytest.raises(RunError, match="holds a run already"):
+        r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "broken", quiet=True)
+    broken = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "broken", resume=True, quiet=True)
+    assert broken.metrics_csv.read_bytes() == whole.metrics_csv.read_bytes()
+    first, second = load_file(whole.weights_file), load_file(broken.weights_file)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_resume_of_a_finished_run_does_nothing(finished_run, quick_recipe):
+    before = finished_run.metrics_csv.stat().st_mtime_ns
+    assert r2kit.finetune(quick_recipe, out=finished_run.path, resume=True, quiet=True).path == finished_run.path
+    assert finished_run.metrics_csv.stat().st_mtime_ns == before
+
+
+def test_resume_of_another_recipe_names_the_difference(finished_run, quick_recipe):
+    with pytest.raises(RunError, match=r"another recipe, different in train\.lr"):
+        r2kit.finetune(quick_recipe, overrides=["train.lr=1"], out=finished_run.path, resume=True, quiet=True)
+    with pytest.raises(RunError, match="--resume auto needs the folder"):
+        r2kit.finetune(quick_recipe, resume=True, quiet=True)
+
+
+def test_frozen_backbone_stands_still(quick_recipe, tmp_path):
+    overrides = ["train.freeze=backbone", "train.epochs=1"]
+    run = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "frozen", quiet=True)
+    start = train.build_model(run.recipe.model, num_classes=3, in_chans=3)  # another random start: compare statistics
+    trained = load_file(run.weights_file)
+    for key, value in start.state_dict().items():
+        if "running_" in key or "num_batches" in key:
+            assert torch.equal(trained[key], value), key
+
+
+def test_dry_run_keeps_nothing(quick_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.dry_run(quick_recipe)
+    assert list(tmp_path.iterdir()) == []
+    said = capsys.readouterr().out
+    assert "two training steps" in said
+    assert "test_resnet" in said
+
+
+def test_before_training_everything_is_said(quick_recipe, tmp_path, capsys):
+    r2kit.finetune(quick_recipe, overrides=["train.epochs=1"], out=tmp_path / "run")
+    said = capsys.readouterr().out
+    for phrase in (
+        "torch ",
+        "device: CPU",
+        "water",
+        "red",
+        "parameters",
+        "GMACs",
+        "images/s measured here",
+        "nothing is frozen",
+        "estimated training time",
+        "best epoch: 1 of 1",
+        "95 % interval",
+        "majority class",
+        "logistic regression",
+        "run folder:",
+        f"r2kit evaluate {tmp_path / 'run'}",
+    ):
+        assert phrase in said, phrase
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("model.name=res2netplus5", ModelError, "res2netplus50"),
+        ("train.precision=fp16", RecipeError, "fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_folder_is_made(quick_recipe, tmp_path, override, error, message):
+    if torch.cuda.is_available() and "fp16" in override:
+        pytest.skip("this machine has a GPU, where fp16 is allowed")
+    with pytest.raises(error, match=message):
+        r2kit.finetune(quick_recipe, overrides=[override], out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(quick_recipe, tmp_path):
+    recipe = r2kit.load_recipe(quick_recipe)
+    from r2kit.recipe_file import to_yaml
+
+    (tmp_path / "quick.yaml").write_text(to_yaml(recipe))
+    command = [sys.executable, "-m", "r2kit", "finetune", str(tmp_path / "quick.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "train.devices=2", "train.strategy=ddp"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1
+    assert r2kit.Run.open(tmp_path / "run").info["state"] == "finished"
