@@ -245,6 +245,7 @@ class Res2Net(StagedNet):
         drop_path_rate: Stochastic depth of the last unit; it rises linearly from zero at the first.
         drop_block_rate: DropBlock probability in the last two stages.
         zero_init_last: Start each residual branch at zero. The sources do not.
+        channels: Nominal width of each stage; a stage gives four times as many.
         device: Where to make the parameters.
         dtype: What the parameters are.
 
@@ -275,6 +276,7 @@ class Res2Net(StagedNet):
         drop_path_rate: float = 0.0,
         drop_block_rate: float = 0.0,
         zero_init_last: bool = False,
+        channels: Sequence[int] = (64, 128, 256, 512),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -288,10 +290,9 @@ class Res2Net(StagedNet):
             self._use_deep_stem(stem, stem.widths, act, norm, dd)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        channels = (64, 128, 256, 512)
         stages, stage_info = make_blocks(
             (Res2Block,) * 4,
-            channels,
+            tuple(channels),
             tuple(layers),
             self.feature_info[0]["num_chs"],
             output_stride=output_stride,
