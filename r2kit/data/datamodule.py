@@ -25,7 +25,7 @@ class DataModule(lightning.LightningDataModule):
     """Opens the data, splits it, measures it, and serves batches.
 
     The trainer must be built with ``use_distributed_sampler=False``: the samplers here share the images out over the
-    processes themselves, without padding in evaluation. Between `setup` and the first loader, `preprocess` may be
+    processes themselves. Between `setup` and the first loader, `preprocess` may be
     replaced, for example by ``preprocess.with_stats(...)`` of pretrained weights.
 
     Args:

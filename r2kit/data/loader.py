@@ -24,11 +24,13 @@ _TAG_ORDER, _TAG_AUGMENT = 3, 4  # keep the random numbers of the uses of one se
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, row): shuffled and shared out evenly for training, in order and unpadded for evaluation.
+    """Yields (epoch, row): shuffled and shared out for training, in order for evaluation.
 
     Training: every process gets the same number of rows, all different; up to ``world`` rows of an epoch, others each
     time, are left out where they do not divide. A last batch of a single image, which BatchNorm refuses, is left out
-    too. Evaluation: each row goes to exactly one process.
+    too. Evaluation: every process gets the same number of rows too, because DistributedDataParallel talks to the others
+    in every forward pass and would wait for one that has none left; where the rows do not divide, the first ones come a
+    second time, and whoever computes metrics counts a row once, by its `index`.
 
     Args:
         rows: Rows of the manifest.
@@ -60,7 +62,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
                     f"{len(self.rows)} training image(s) are too few for {world} process(es); 2 each at least"
                 )
         else:
-            self._length = len(range(rank, len(self.rows), world))
+            self._length = -(-len(self.rows) // world)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass; Lightning calls this by itself."""
@@ -73,6 +75,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         rows = self.rows
         if self.train:
             rows = np.random.default_rng([self.seed, _TAG_ORDER, self.epoch]).permutation(rows)
+        else:
+            rows = np.resize(rows, self._length * self.world)  # repeats from the start
         mine = rows[self.rank :: self.world][: self._length]
         return iter([(self.epoch, int(row)) for row in mine])
 
@@ -167,7 +171,7 @@ def make_loader(
     """
     context = multiprocessing.get_context(start_method) if workers else None
     if start_method == "forkserver":  # the server imports torch once, and its children have it
-        multiprocessing.set_forkserver_preload([__name__, "r2kit.data.transforms"])
+        multiprocessing.set_forkserver_preload(["__main__", __name__, "r2kit.data.transforms"])
     return Loader(
         samples,
         batch_size=batch_size,

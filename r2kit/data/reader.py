@@ -290,7 +290,8 @@ def _centre(dataset: Any) -> tuple[float, float]:
     """(longitude, latitude) of the middle of a georeferenced raster, NaN without."""
     if dataset.crs is None or dataset.transform.is_identity:
         return float("nan"), float("nan")
-    x, y = dataset.transform @ (dataset.width / 2, dataset.height / 2)
+    grid, column, row = dataset.transform, dataset.width / 2, dataset.height / 2
+    x, y = grid.a * column + grid.b * row + grid.c, grid.d * column + grid.e * row + grid.f
     if dataset.crs.to_epsg() == 4326:
         return float(x), float(y)
     lon, lat = rasterio.warp.transform(dataset.crs, "EPSG:4326", [x], [y])

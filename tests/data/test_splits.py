@@ -1,0 +1,280 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from r2kit.data.bluemarble import BlueMarble
+from r2kit.data.splits import PARTS, Split, block_names, make_split
+from r2kit.errors import DataError
+from r2kit.recipe import DataSpec
+
+CLASSES = ("a", "b", "c")
+
+
+def manifest(labels: np.ndarray, lon=None, lat=None, split=None) -> pd.DataFrame:
+    labels = np.asarray(labels)
+    nan = np.full(len(labels), np.nan)
+    return pd.DataFrame(
+        {
+            "id": [f"i{i:05d}" for i in range(len(labels))],
+            "path": [f"/x/i{i:05d}.png" for i in range(len(labels))],
+            "label": labels,
+            "split": pd.Series([None] * len(labels) if split is None else split, dtype=object),
+            "group": None,
+            "lon": nan if lon is None else lon,
+            "lat": nan if lat is None else lat,
+        }
+    )
+
+
+def world(count: int = 4000, seed: int = 0) -> pd.DataFrame:
+    """Images whose class depends on where they are, as land cover does."""
+    rng = np.random.default_rng(seed)
+    lon, lat = rng.uniform(-180, 180, count), rng.uniform(-85, 85, count)
+    label = (np.sin(lon / 40) + lat / 60 > 0).astype(int) + (lat > 55)
+    return manifest(label, lon, lat)
+
+
+def parts_of(split: Split, size: int) -> np.ndarray:
+    part = np.full(size, "", dtype=object)
+    for name in PARTS:
+        assert (part[split.rows(name)] == "").all(), "a row is in two parts"
+        part[split.rows(name)] = name
+    return part
+
+
+# Stratified ----------------------------------------------------------------------------------------------------------
+
+
+def test_stratified_keeps_fractions_in_every_class() -> None:
+    frame = manifest(np.repeat([0, 1, 2], [400, 100, 7]))
+    split = make_split(frame, CLASSES, DataSpec(val_fraction=0.2, test_fraction=0.1), seed=1)
+    assert split.kind == "stratified"
+    assert split.blocks is None
+    part = parts_of(split, len(frame))
+    assert (part != "").all()
+    for label, expected in ((0, [280, 80, 40]), (1, [70, 20, 10]), (2, [5, 1, 1])):
+        assert [(part[frame["label"] == label] == name).sum() for name in PARTS] == expected
+
+
+def test_split_is_a_function_of_the_seed() -> None:
+    for frame in (manifest(np.repeat([0, 1, 2], 50)), world()):
+        first, again, other = (make_split(frame, CLASSES, DataSpec(), seed=s) for s in (3, 3, 4))
+        for name in PARTS:
+            np.testing.assert_array_equal(first.rows(name), again.rows(name))
+        assert set(first.test) != set(other.test)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6])
+def test_tiny_classes_have_one_image_in_every_part(count: int) -> None:
+    frame = manifest(np.repeat([0, 1, 2], [50, 50, count]))
+    part = parts_of(make_split(frame, CLASSES, DataSpec(val_fraction=0.4, test_fraction=0.4), seed=0), len(frame))
+    assert all((part[frame["label"] == 2] == name).any() for name in PARTS)
+
+
+def test_a_class_too_small_to_split_is_an_error() -> None:
+    frame = manifest(np.repeat([0, 1, 2], [50, 50, 2]))
+    with pytest.raises(DataError, match=r"class 'c' has 2 image\(s\), and 3 parts \(train, val, test\) need at least"):
+        make_split(frame, CLASSES, DataSpec(), seed=0)
+    split = make_split(frame, CLASSES, DataSpec(test_fraction=0.0), seed=0)
+    assert len(split.test) == 0
+    assert "results are on the validation images" in split.warnings[0]
+
+
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_never_shared_between_parts_and_fractions_are_honest() -> None:
+    frame = world()
+    for seed in range(5):
+        split = make_split(frame, CLASSES, DataSpec(), seed=seed)
+        assert split.kind == "blocks"
+        part = parts_of(split, len(frame))
+        blocks = pd.DataFrame({"block": split.blocks, "part": part})
+        assert (blocks.groupby("block")["part"].nunique() == 1).all()
+        for label in range(3):
+            share = [(part[frame["label"] == label] == name).mean() for name in PARTS]
+            np.testing.assert_allclose(share, [0.7, 0.15, 0.15], atol=0.02)
+        assert split.warnings == ()
+
+
+def test_block_names_are_their_south_west_corner() -> None:
+    frame = manifest([0, 0, 0, 0], lon=[-180.0, -0.1, 0.0, 179.9], lat=[-90.0, 5.0, 10.0, 89.9])
+    assert block_names(frame, 10.0).tolist() == ["lat-90_lon-180", "lat+0_lon-10", "lat+10_lon+0", "lat+80_lon+170"]
+    assert block_names(frame, 0.5)[3] == "lat+89.5_lon+179.5"
+
+
+def test_a_class_in_two_blocks_is_in_training_and_validation() -> None:
+    # Class c fills two blocks only: one must train, one validate; that none is left for the test is said.
+    common = world(2000)
+    common["label"] = common["label"].clip(upper=1)
+    rare = manifest([2] * 40, lon=[5.0] * 30 + [95.0] * 10, lat=[5.0] * 40)
+    frame = pd.concat([common, rare], ignore_index=True)
+    frame["id"] = [str(i) for i in range(len(frame))]
+    split = make_split(frame, CLASSES, DataSpec(), seed=0)
+    label = frame["label"].to_numpy()
+    assert (label[split.train] == 2).sum() == 30
+    assert (label[split.val] == 2).sum() == 10
+    assert split.warnings == ("no test image of c: too few spatial blocks of it; try a smaller block_degrees",)
+
+
+def test_too_few_blocks_say_what_to_set() -> None:
+    frame = manifest([0, 1, 2] * 20, lon=np.linspace(10.0, 10.8, 60), lat=np.full(60, 45.0))
+    with pytest.raises(DataError, match=r"lie in 1 spatial block.* set data\.block_degrees=0\.1 or data\.split=strat"):
+        make_split(frame, CLASSES, DataSpec(), seed=0)
+    assert make_split(frame, CLASSES, DataSpec(block_degrees=0.05), seed=0).kind == "blocks"
+
+
+def test_blocks_need_coordinates() -> None:
+    frame = world(100)
+    frame.loc[7, "lon"] = np.nan
+    with pytest.raises(DataError, match=r"1 of 100 images have none, e\.g\. /x/i00007\.png"):
+        make_split(frame, CLASSES, DataSpec(split="blocks"), seed=0)
+    assert make_split(world(400), CLASSES, DataSpec(split="stratified"), seed=0).kind == "stratified"
+    assert make_split(frame, CLASSES[:3], DataSpec(test_fraction=0.0), seed=0).kind == "stratified"
+
+
+def test_buffer_leaves_out_training_images_near_held_out_ones() -> None:
+    frame = world()
+    plain = make_split(frame, CLASSES, DataSpec(), seed=0)
+    split = make_split(frame, CLASSES, DataSpec(buffer_degrees=2.0), seed=0)
+    np.testing.assert_array_equal(split.val, plain.val)
+    np.testing.assert_array_equal(np.sort(np.concatenate([split.train, split.buffered])), plain.train)
+    assert len(split.buffered) > 100
+    place = frame[["lon", "lat"]].to_numpy()
+    held_out = np.concatenate([split.val, split.test])
+
+    def nearest(rows: np.ndarray) -> np.ndarray:  # plain, with the date line crossed
+        apart = np.abs(place[rows][:, None] - place[held_out][None])
+        apart[..., 0] = np.minimum(apart[..., 0], 360 - apart[..., 0])
+        return apart.max(-1).min(1)
+
+    assert nearest(split.train).min() > 2.0
+    assert nearest(split.buffered).max() <= 2.0
+
+
+def test_a_buffer_that_takes_everything_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"buffer_degrees=45 leaves no training image of 'a'"):
+        make_split(world(500), CLASSES, DataSpec(buffer_degrees=45.0), seed=0)
+
+
+def test_real_tiles_are_balanced_over_blocks(tiles: BlueMarble) -> None:
+    split = make_split(tiles.manifest, tiles.classes, DataSpec(), seed=0)
+    assert split.kind == "blocks"
+    label = tiles.manifest["label"].to_numpy()
+    for name, low, high in (("train", 0.6, 0.8), ("val", 0.08, 0.22), ("test", 0.08, 0.22)):
+        share = np.bincount(label[split.rows(name)], minlength=6) / np.bincount(label)
+        assert share.min() > low
+        assert share.max() < high
+    blocks = [set(split.blocks[split.rows(name)]) for name in PARTS]
+    assert not blocks[0] & blocks[1]
+    assert not blocks[0] & blocks[2]
+    assert not blocks[1] & blocks[2]
+
+
+# The folder's own parts ----------------------------------------------------------------------------------------------
+
+
+def test_own_parts_are_kept() -> None:
+    own = ["train", "train", "val", "test"] * 6
+    frame = manifest(np.repeat([0, 1, 2], 8), split=own)
+    split = make_split(frame, CLASSES, DataSpec(), seed=0)
+    assert split.kind == "folder"
+    assert parts_of(split, 24).tolist() == own
+    assert split.warnings == ()
+
+
+def test_missing_validation_is_taken_from_training_only() -> None:
+    frame = manifest(np.repeat([0, 1, 2], 20), split=(["train"] * 15 + ["test"] * 5) * 3)
+    split = make_split(frame, CLASSES, DataSpec(val_fraction=0.2), seed=0)
+    assert (frame["split"].to_numpy()[split.val] == "train").all()
+    assert (len(split.train), len(split.val), len(split.test)) == (36, 9, 15)
+    assert "no val part" in split.warnings[0]
+
+
+def test_own_parts_without_test_say_so() -> None:
+    frame = manifest(np.repeat([0, 1, 2], 4), split=["train", "train", "val", "val"] * 3)
+    assert make_split(frame, CLASSES, DataSpec(), seed=0).warnings == (
+        "the folder has no test part; results are on the validation images",
+    )
+
+
+def test_own_parts_lacking_a_class_are_refused() -> None:
+    frame = manifest([0, 1, 2, 0, 1], split=["train", "train", "train", "val", "val"])
+    with pytest.raises(DataError, match="class 'c' has no validation image"):
+        make_split(frame, CLASSES, DataSpec(), seed=0)
+
+
+# Limit ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [9, 10, 60, 100, 399])
+def test_limit_is_exact_balanced_and_a_subset(limit: int) -> None:
+    frame = world()
+    whole = make_split(frame, CLASSES, DataSpec(), seed=0)
+    split = make_split(frame, CLASSES, DataSpec(limit=limit), seed=0)
+    assert sum(len(split.rows(name)) for name in PARTS) == limit
+    for name in PARTS:
+        assert set(split.rows(name)) <= set(whole.rows(name))
+        counts = np.bincount(frame["label"].to_numpy()[split.rows(name)], minlength=3)
+        assert counts.max() - counts.min() <= 1
+        assert counts.min() >= 1
+
+
+def test_limit_takes_from_large_classes_what_small_ones_lack() -> None:
+    frame = manifest(np.repeat([0, 1, 2], [500, 500, 10]))
+    split = make_split(frame, CLASSES, DataSpec(limit=200), seed=0)
+    counts = np.bincount(frame["label"].to_numpy()[split.train], minlength=3)
+    assert counts.sum() + len(split.val) + len(split.test) == 200
+    assert counts[2] == 6  # all of them
+    assert abs(counts[0] - counts[1]) <= 1
+
+
+def test_limit_above_the_data_changes_nothing_and_below_the_classes_is_an_error() -> None:
+    frame = world(300)
+    np.testing.assert_array_equal(
+        make_split(frame, CLASSES, DataSpec(limit=10_000), seed=0).train,
+        make_split(frame, CLASSES, DataSpec(), seed=0).train,
+    )
+    with pytest.raises(DataError, match=r"data\.limit=8 is too small for 3 classes in 3 parts .* at least 9"):
+        make_split(frame, CLASSES, DataSpec(limit=8), seed=0)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_split_comes_back_for_another_order_of_rows(tmp_path: Path) -> None:
+    frame = world(500)
+    split = make_split(frame, CLASSES, DataSpec(limit=300), seed=0)
+    split.save(tmp_path / "split.parquet", frame)
+    shuffled = frame.sample(frac=1.0, random_state=0).reset_index(drop=True)
+    loaded = Split.load(tmp_path / "split.parquet", shuffled)
+    assert loaded.kind == "file"
+    for name in PARTS:
+        assert set(shuffled["id"][loaded.rows(name)]) == set(frame["id"][split.rows(name)])
+    used = np.concatenate([loaded.train, loaded.val, loaded.test])
+    np.testing.assert_array_equal(loaded.blocks[used], block_names(shuffled, 10.0)[used])
+
+
+def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
+    frame = world(100)
+    path = tmp_path / "split.parquet"
+    make_split(frame, CLASSES, DataSpec(), seed=0).save(path, frame)
+    with pytest.raises(DataError, match=r"50 of 100 images are not in the data, e\.g\. 'i00050'; the data has changed"):
+        Split.load(path, frame.iloc[:50])
+    table = pd.read_parquet(path)
+    pd.concat([table, table.iloc[:1]]).to_parquet(path)
+    with pytest.raises(DataError, match="id 'i00000' appears twice"):
+        Split.load(path, frame)
+    table.assign(split="dev").to_parquet(path)
+    with pytest.raises(DataError, match="split 'dev' is unknown; allowed are train, val and test"):
+        Split.load(path, frame)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"split\.parquet: cannot be read as a split"):
+        Split.load(path, frame)
+
+
+def test_all_test() -> None:
+    split = Split.all_test(world(10))
+    assert (len(split.train), len(split.val), split.test.tolist()) == (0, 0, list(range(10)))

@@ -1,0 +1,147 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from r2kit.data.transforms import Augment, BandLight, RandomWindow
+
+
+def ramp(bands: int = 3, dtype=np.uint8) -> np.ndarray:
+    """An image without any symmetry, so that each orientation is another image."""
+    y, x = np.mgrid[:24, :24]
+    return np.stack([(3 * x + 5 * y + 10 * b) % 240 for b in range(bands)], axis=-1).astype(dtype)
+
+
+def light(image: np.ndarray, seed: int = 0, **options) -> np.ndarray:
+    transform = BandLight(**{"brightness": 0.1, "contrast": 0.1, "balance": 0.03, **options})
+    transform.set_random_seed(seed)
+    return transform(image=image)["image"]
+
+
+def orientations(image: np.ndarray) -> list[bytes]:
+    return [np.rot90(i, k).tobytes() for i in (image, image.transpose(1, 0, 2)) for k in range(4)]
+
+
+@pytest.mark.parametrize("preset", ["overhead", "natural"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("bands", [1, 3, 13])
+def test_presets_take_any_pixel_type_and_number_of_bands(preset, dtype, bands: int) -> None:
+    raw = ramp(bands, dtype)
+    before = raw.copy()
+    results = [Augment(preset)(raw, (0, 0, i)) for i in range(20)]
+    np.testing.assert_array_equal(raw, before)
+    for result in results:
+        assert result.dtype == dtype
+        assert result.shape[2] == bands
+        assert abs(float(result.mean()) - raw.mean()) < 0.6 * raw.mean()
+
+
+def test_none_changes_nothing() -> None:
+    raw = ramp()
+    assert Augment("none")(raw, (0, 0, 0)) is raw
+
+
+def test_a_function_of_the_key_alone() -> None:
+    raw, augment = ramp(), Augment("overhead")
+    first = augment(raw, (7, 1, 42))
+    for key in itertools.product(range(3), range(3)):
+        augment(raw, (7, *key))
+    np.testing.assert_array_equal(augment(raw, (7, 1, 42)), first)
+    np.testing.assert_array_equal(Augment("overhead")(raw, (7, 1, 42)), first)
+
+
+def test_draws_differ_between_samples_and_epochs() -> None:
+    raw, augment = ramp(), Augment("overhead")
+    draws = {augment(raw, (0, epoch, row)).tobytes() for epoch in range(10) for row in range(20)}
+    assert len(draws) > 0.95 * 200
+
+
+def test_transforms_of_one_sample_draw_independently() -> None:
+    # With one seed for every transform, the place of the window would tell the light.
+    raw = np.zeros((64, 64, 1), dtype=np.float32)
+    raw[..., 0] = np.arange(64)[None] + 100.0
+    flat = np.full((64, 64, 1), 100.0, dtype=np.float32)
+    place, gain = [], []
+    for row in range(400):
+        augment = Augment("natural")
+        augment._pipeline.transforms.pop(1)  # without flips
+        place.append(augment(raw, (0, 0, row)).shape[1])
+        gain.append(float(augment(flat, (0, 0, row)).mean()))
+    assert abs(np.corrcoef(place, gain)[0, 1]) < 0.15
+
+
+def test_overhead_shows_all_eight_orientations_and_natural_only_flips() -> None:
+    raw = ramp()
+    eight = orientations(raw)
+    for preset, expected in (("overhead", set(eight)), ("natural", {raw.tobytes(), raw[:, ::-1].tobytes()})):
+        augment = Augment(preset)
+        steps = augment._pipeline.transforms
+        augment._pipeline.transforms = [step for step in steps if not isinstance(step, RandomWindow | BandLight)]
+        seen = {augment(raw, (0, 0, i)).tobytes() for i in range(200)}
+        assert seen == expected
+
+
+def test_the_window_is_a_piece_of_the_image_of_the_area_asked_for() -> None:
+    raw = np.arange(200 * 100, dtype=np.float32).reshape(200, 100, 1)
+    transform = RandomWindow(area=(0.5, 0.9), stretch=1.2)
+    transform.set_random_seed(0)
+    areas, corners = [], set()
+    for _ in range(300):
+        result = transform(image=raw)["image"]
+        height, width = result.shape[:2]
+        top, left = divmod(int(result[0, 0, 0]), 100)
+        np.testing.assert_array_equal(result, raw[top : top + height, left : left + width])
+        areas.append(height * width / raw.size)
+        corners.add((top, left))
+        assert 1 / 1.25 < (height / width) / 2.0 < 1.25
+    assert 0.48 < min(areas) < 0.55
+    assert 0.85 < max(areas) < 0.92
+    assert len(corners) > 200
+
+
+def test_a_window_of_a_tiny_image_is_not_empty() -> None:
+    assert Augment("natural")(np.ones((1, 1, 3), dtype=np.uint8), (0, 0, 0)).shape == (1, 1, 3)
+
+
+def test_light_is_an_affine_map_of_each_band_within_the_bounds() -> None:
+    raw = np.random.default_rng(0).uniform(-3.0, 5000.0, (32, 32, 4)).astype(np.float32)
+    for seed in range(50):
+        result = light(raw, seed)
+        for band in range(4):
+            slope, shift = np.polyfit(raw[..., band].ravel(), result[..., band].ravel(), 1)
+            np.testing.assert_allclose(result[..., band], raw[..., band] * slope + shift, rtol=1e-4, atol=1.0)
+            gain = result[..., band].mean() / raw[..., band].mean()  # contrast keeps the mean
+            assert 1 / (1.1 * 1.03) - 1e-3 < gain < 1.1 * 1.03 + 1e-3
+            assert 1 / 1.1 - 1e-3 < slope / gain < 1.1 + 1e-3
+
+
+def test_light_keeps_colours_apart() -> None:
+    # The preset must not turn sand into grass: the balance between bands changes by 3 % at most each way.
+    sand = np.full((8, 8, 3), (200, 150, 90), dtype=np.float32)
+    for seed in range(100):
+        red, green, blue = light(sand, seed).mean(axis=(0, 1))
+        assert 200 / 150 / 1.07 < red / green < 200 / 150 * 1.07
+        assert 150 / 90 / 1.07 < green / blue < 150 / 90 * 1.07
+
+
+def test_light_of_integers_rounds_and_saturates() -> None:
+    for dtype, high in ((np.uint8, 255), (np.uint16, 65535)):
+        raw = np.zeros((16, 16, 2), dtype=dtype)
+        raw[:8] = high
+        exact = light(raw.astype(np.float64), 5, brightness=0.5, contrast=0.5)
+        result = light(raw, 5, brightness=0.5, contrast=0.5)
+        np.testing.assert_allclose(result, np.clip(np.rint(exact), 0, high), atol=1)
+        assert result.max() == high or exact.max() < high
+
+
+def test_light_does_not_touch_missing_pixels() -> None:
+    raw = np.full((8, 8, 2), 50, dtype=np.int16)
+    raw[:4, :, 0] = -999
+    result = light(raw, 1, nodata=-999.0)
+    assert (result[:4, :, 0] == -999).all()
+    assert (np.abs(result[4:, :, 0] - 50) < 8).all()  # the mean that contrast turns about ignores them, too
+    holes = np.full((8, 8, 1), 50.0, dtype=np.float32)
+    holes[0] = np.nan
+    result = light(holes, 1)
+    assert np.isnan(result[0]).all()
+    assert np.isfinite(result[1:]).all()
