@@ -331,7 +331,7 @@ def _fit(
         raise ModelError("give exactly one budget: fraction, per_stage or macs")
 
     def counts_at(fraction: float) -> list[int]:
-        # The slack keeps ceil(1.1 * 10) at 11 although the product is 11.000000000000002.
+        # The slack keeps ceil(0.07 * 100) at 7 although the product is 7.000000000000001.
         wanted = (math.ceil(fraction * block.planes - 1e-9) for block in blocks)
         return [min(max(1, count), block.available) for count, block in zip(wanted, blocks, strict=True)]
 

@@ -2,7 +2,8 @@
 
 A name ``{R}s{K}x{b}d`` reads radix R, cardinality K, bottleneck width b; the 3x3 split attention of a strided block
 stands behind its average pool ("fast"), the stem is three 3x3 convolutions of 32, 32 and 64 channels, and the shortcut
-average-pools. The blocks, the attention and the network are timm's.
+average-pools. The attention and the network are timm's. The authors' own checkpoints (``resnest50_fast_*.pth``) have
+the same keys and load from a file as they are; timm publishes none for these five.
 
 timm 1.0.31 applies a block's `drop_path` to its *input*, after the shortcut has been taken from it: an identity block
 is never dropped, and a projecting one loses its shortcut. `SplitAttentionBlock` drops the residual branch;
@@ -68,25 +69,10 @@ def fix_drop_path(model: ModelT) -> ModelT:
     return model
 
 
-def _cfg(checksum: str, name: str) -> dict[str, Any]:
-    """Return the configuration of one of the authors' ablation nets, with their own weights."""
-    return imagenet_cfg(
-        url=f"https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1/{name}-{checksum}.pth",
-        first_conv="conv1.0",
-        interpolation="bicubic",
-        license="apache-2.0",
-        origin_url="https://github.com/zhanghang1989/ResNeSt",
-    )
-
-
+_NAMES = ("1s1x64d", "2s1x64d", "4s1x64d", "1s2x40d", "2s2x40d")
+# As timm's of the same ablation: the authors resized by bicubic interpolation.
 default_cfgs = generate_default_cfgs(
-    {
-        "resnest50d_1s1x64d.in1k": _cfg("d8fbf808", "resnest50_fast_1s1x64d"),
-        "resnest50d_2s1x64d.in1k": _cfg("44938639", "resnest50_fast_2s1x64d"),
-        "resnest50d_4s1x64d.in1k": _cfg("f74f3fc3", "resnest50_fast_4s1x64d"),
-        "resnest50d_1s2x40d.in1k": _cfg("32830b84", "resnest50_fast_1s2x40d"),
-        "resnest50d_2s2x40d.in1k": _cfg("9d126481", "resnest50_fast_2s2x40d"),
-    }
+    {f"resnest50d_{name}.untrained": imagenet_cfg(first_conv="conv1.0", interpolation="bicubic") for name in _NAMES}
 )
 
 
