@@ -8,6 +8,7 @@ mathematics.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from r2kit.data.loader import Batch
     from r2kit.run import Run
 
-WIDTH = 5.4
-"""Width of every figure in inches; at this width 9 point text stays readable on a phone."""
+WIDTH = 4.8
+"""Width of a chart in inches; at this width 9 point text is as large as a phone's own small print."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ def overlay(image: NDArray[np.uint8], heat: NDArray[Any], strength: float = 0.55
     return np.rint(image * (1.0 - strength) + 255.0 * strength * colours).clip(0, 255).astype(np.uint8)
 
 
-def mosaic(tiles: Sequence[Tile], *, title: str = "", columns: int = 4, theme: Theme = LIGHT) -> Figure:
+def mosaic(tiles: Sequence[Tile], *, title: str = "", columns: int = 6, theme: Theme = LIGHT) -> Figure:
     """Return pictures in rows, each with its caption; right and wrong ones framed in different colours and marked."""
     columns = max(1, min(columns, len(tiles)))
     rows = max(1, -(-len(tiles) // columns))
-    cell = WIDTH / columns
-    figure = _figure(theme, rows * (cell + 0.26) + (0.45 if title else 0.1))
+    cell = 1.5  # inches
+    figure = _figure(theme, rows * (cell + 0.36) + (0.45 if title else 0.1), width=max(3, columns) * cell)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
         axes.set_axis_off()
@@ -139,15 +140,15 @@ def mosaic(tiles: Sequence[Tile], *, title: str = "", columns: int = 4, theme: T
         tile = tiles[place]
         axes.imshow(tile.image, interpolation="nearest" if max(tile.image.shape[:2]) < 100 else "antialiased")
         mark, colour = _mark(tile.right, theme)
-        caption = axes.set_title(_short(mark + tile.caption, 26 * 4 // columns), fontsize=6.6, color=colour, pad=3)
-        caption.set_verticalalignment("bottom")
+        lines = textwrap.wrap(mark + tile.caption, 24, max_lines=2, placeholder="…")
+        axes.set_title(_plain("\n".join(lines), keep="\n"), fontsize=7.5, color=colour, pad=3)
         if tile.right is not None:
             axes.set_axis_on()
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=1.6)
     if title:
-        figure.suptitle(_plain(title), color=theme.ink, fontsize=10, x=0.02, ha="left")
+        figure.suptitle(_plain(title), color=theme.ink, fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -227,7 +228,7 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
             color=theme.good,
             fontsize=8,
         )
-    share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     share.set_xlabel("epoch", color=theme.muted)
     share.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     _legend(loss, theme)
@@ -253,7 +254,7 @@ def recall_figure(per_class: Sequence[dict[str, Any]], *, theme: Theme = LIGHT, 
     axes.set_yticks(place, labels=[f"{_short(row['class'], 20)} ({row['support']})" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_xlabel("recall, with 95 % interval (images of the class)", color=theme.muted)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -272,13 +273,13 @@ def reliability_figure(table: Reliability, *, theme: Theme = LIGHT) -> Figure:
     upper.scatter(table.confidence[filled], table.accuracy[filled], s=area, color=theme.main, zorder=3, label="bins")
     upper.set_ylabel("accuracy", color=theme.muted)
     upper.set(xlim=(0, 1), ylim=(-0.02, 1.02))
-    upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     _legend(upper, theme)
     width = table.edges[1] - table.edges[0]
     lower.bar(table.edges[:-1] + width / 2, table.count, width=0.86 * width, color=theme.main, alpha=0.55)
     lower.set_ylabel("images", color=theme.muted)
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=2))
-    lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     lower.set_xlabel("confidence of the prediction", color=theme.muted)
     return figure
 
@@ -322,11 +323,15 @@ def split_map(places: pd.DataFrame, *, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def block_accuracy_map(predictions: pd.DataFrame, *, theme: Theme = LIGHT) -> Figure:
+def block_accuracy_map(
+    predictions: pd.DataFrame, *, degrees: float | None = None, others: pd.DataFrame | None = None, theme: Theme = LIGHT
+) -> Figure:
     """Return the accuracy in each held-out block, where it lies.
 
     Args:
         predictions: The stored predictions, with ``group``, ``lon`` and ``lat``.
+        degrees: Side of the blocks, whose corners lie at multiples of it; None draws each group's own extent.
+        others: ``lon`` and ``lat`` of all images, drawn faintly behind.
         theme: Colours.
     """
     known = predictions[predictions["lon"].notna() & predictions["lat"].notna() & predictions["group"].notna()]
@@ -335,11 +340,19 @@ def block_accuracy_map(predictions: pd.DataFrame, *, theme: Theme = LIGHT) -> Fi
     table = by.agg(
         west=("lon", "min"), east=("lon", "max"), south=("lat", "min"), north=("lat", "max"), share=("right", "mean")
     )
-    margin = _half_spacing(known)
-    west, south = table["west"].to_numpy(np.float64) - margin, table["south"].to_numpy(np.float64) - margin
-    east, north = table["east"].to_numpy(np.float64) + margin, table["north"].to_numpy(np.float64) + margin
+    west, east, south, north = (table[side].to_numpy(np.float64) for side in ("west", "east", "south", "north"))
+    if degrees is None:
+        margin = _half_spacing(known)
+        west, east, south, north = west - margin, east + margin, south - margin, north + margin
+    else:
+        margin = degrees / 2
+        west, south = np.floor(west / degrees) * degrees, np.floor(south / degrees) * degrees
+        east, north = west + degrees, south + degrees
     corners = [np.stack(xy, axis=-1) for xy in ((west, south), (east, south), (east, north), (west, north))]
-    figure, axes = _map(known, theme, margin=margin)
+    figure, axes = _map(known if others is None else pd.concat([known, others]), theme, margin=margin)
+    if others is not None:
+        size = float(np.clip(3000 / max(1, len(others)), 0.8, 8))
+        axes.scatter(others["lon"], others["lat"], s=size, color=theme.muted, alpha=0.3, marker="s", lw=0)
     colours = PolyCollection(
         list(np.stack(corners, axis=1)),  # (4, 2) a block
         array=table["share"].to_numpy(np.float64),
@@ -352,7 +365,7 @@ def block_accuracy_map(predictions: pd.DataFrame, *, theme: Theme = LIGHT) -> Fi
     scale = ScalarMappable(Normalize(0.0, 1.0), "cividis")
     bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.6, aspect=30, pad=0.02)
     bar.set_label("accuracy in the block", color=theme.muted, fontsize=8)
-    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     bar.ax.tick_params(colors=theme.muted, labelsize=8)
     bar.outline.set_visible(False)
     return figure
@@ -377,9 +390,9 @@ def save(figure: Figure, run: Run, name: str) -> Path:
     return file
 
 
-def _figure(theme: Theme, height: float) -> Figure:
-    """An empty figure of the common width, height in inches, that makes room for its own text."""
-    return Figure(figsize=(WIDTH, height), facecolor=theme.surface, layout="constrained")
+def _figure(theme: Theme, height: float, width: float = WIDTH) -> Figure:
+    """An empty figure of a size in inches, that makes room for its own text."""
+    return Figure(figsize=(width, height), facecolor=theme.surface, layout="constrained")
 
 
 def _axes(axes: Axes, theme: Theme, *, grid: str | None) -> Axes:
@@ -447,9 +460,9 @@ def _mark(right: bool | None, theme: Theme) -> tuple[str, str]:
     return ("✓ ", theme.good) if right else ("✗ ", theme.bad)
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, keep: str = "") -> str:
     """Text that matplotlib draws as it stands: dollars are no mathematics, control characters are spaces."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+    return "".join(c if c.isprintable() or c in keep else " " for c in text).replace("$", r"\$")
 
 
 def _short(text: str, most: int) -> str:

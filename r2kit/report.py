@@ -32,7 +32,8 @@ from r2kit.plots import Theme, Tile
 from r2kit.run import Run, write_atomic
 
 _THUMBNAIL = 176  # pixels; twice the width of a thumbnail on a phone
-_MISTAKES, _RIGHT, _EXPLAINED = 12, 12, 8
+_SEARCHED = 8  # batches among which one with mixing is looked for
+_MISTAKES, _RIGHT, _EXPLAINED = 12, 12, 8  # images
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class _Pictures:
 
     module: DataModule
     batch: list[Tile]
+    batch_words: str
     mistakes: list[Tile]
     right: list[Tile]
     explained: list[Tile]
@@ -92,6 +94,8 @@ def write_report(run: Run) -> Path:
         gone=gone,
         charts=_charts(run, figures, predictions, pictures),
         batch=[] if pictures is None else [_thumbnail(tile) for tile in pictures.batch],
+        batch_words=None if pictures is None else pictures.batch_words,
+        whole_blocks=pictures is not None and _whole_blocks(pictures.module),
         mistakes=[] if pictures is None else [_thumbnail(tile) for tile in pictures.mistakes],
         right=[] if pictures is None else [_thumbnail(tile) for tile in pictures.right],
         explained=[] if pictures is None else [_thumbnail(tile) for tile in pictures.explained],
@@ -108,6 +112,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("r2kit", "templates"),
         autoescape=True,
+        finalize=_unbroken,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -115,6 +120,11 @@ def _template() -> jinja2.Template:
     environment.filters["thousands"] = lambda number: f"{number:,}".replace(",", "\u2009")  # a thin space
     environment.filters["duration"] = duration
     return environment.get_template("report.html.j2")
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep a number and its percent sign on one line."""
+    return value.replace(" %", "\u00a0%") if isinstance(value, str) else value
 
 
 def _stored_result(run: Run) -> result.Result:
@@ -167,9 +177,17 @@ def _bars(figures: result.Result) -> list[dict[str, Any]]:
 def _facts(run: Run, figures: result.Result) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the figures in the row below the headline."""
     facts = [
-        ("accuracy", result.percent(figures["accuracy"]["value"]), result.interval_words(figures["accuracy"])),
+        (
+            "balanced accuracy",
+            result.percent(figures["balanced_accuracy"]["value"]),
+            result.interval_words(figures["balanced_accuracy"]),
+        ),
         ("macro F1", result.percent(figures["macro_f1"]["value"]), result.interval_words(figures["macro_f1"])),
-        ("calibration error", result.percent(figures["calibration_error"]["value"]), "0 % is perfectly honest"),
+        (
+            "calibration error",
+            result.percent(figures["calibration_error"]["value"]),
+            "confidence against accuracy",
+        ),
     ]
     seconds = run.info.get("train_seconds")
     if seconds is not None:
@@ -238,13 +256,16 @@ def _charts(
             "Loss and accuracy by epoch",
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
-    placed = predictions["lon"].notna() & predictions["group"].notna()
-    if placed.any():
+    places = None if pictures is None else _places(pictures.module)
+    if (predictions["lon"].notna() & predictions["group"].notna()).any():
+        degrees = run.recipe.data.block_degrees if pd.read_parquet(run.split_file)["block"].notna().any() else None
         charts["blocks"] = _chart(
-            run, "block_accuracy", "Accuracy by block", lambda t: plots.block_accuracy_map(predictions, theme=t)
+            run,
+            "block_accuracy",
+            "Accuracy by block",
+            lambda t: plots.block_accuracy_map(predictions, degrees=degrees, others=places, theme=t),
         )
-    if pictures is not None:
-        places = _places(pictures.module)
+    if pictures is not None and places is not None:
         if places["lon"].notna().any():
             charts["split"] = _chart(run, "split_map", "Map of the splits", lambda t: plots.split_map(places, theme=t))
         for name, tiles, title in (
@@ -271,6 +292,15 @@ def _places(module: DataModule) -> pd.DataFrame:
     return places.assign(split=np.repeat(list(parts), [len(part) for part in parts.values()]))
 
 
+def _whole_blocks(module: DataModule) -> bool:
+    """Whether no block of a held-out image holds a training image."""
+    split = module.split
+    if split.blocks is None:
+        return False
+    held = np.concatenate([split.val, split.test]).astype(np.int64)
+    return not set(split.blocks[split.train]) & set(split.blocks[held])
+
+
 def _url(content: bytes, kind: str) -> str:
     """A data URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
@@ -289,20 +319,38 @@ def _pictures(run: Run, predictions: pd.DataFrame) -> tuple[_Pictures | None, st
         if row.isna().any():
             return None, "the images of the stored predictions are not in the data any more"
         placed = predictions.assign(row=row.to_numpy(np.int64), confidence=_confidence(predictions))
-        batch = next(iter(module.loader(module.split.train, train=True)))
         wrong = placed[placed["label"] != placed["pred"]].sort_values(["confidence", "id"], ascending=[False, True])
         right = placed[placed["label"] == placed["pred"]]
         right = right.sample(min(_RIGHT, len(right)), random_state=run.recipe.seed).sort_index()
-        tiles = plots.batch_tiles(batch, module, epoch=0)
-        half = _EXPLAINED // 4  # each explanation is a pair of pictures
-        chosen = pd.concat([wrong.head(half), right.head(_EXPLAINED // 2 - min(half, len(wrong)))])
+        tiles, mixed = _batch(module)
+        few = wrong.head(_EXPLAINED // 2)
+        chosen = pd.concat([few, right.head(_EXPLAINED - len(few))])
         explained, why_not = _explain(run, module, chosen)
         return (
-            _Pictures(module, tiles, _tiles(module, wrong.head(_MISTAKES)), _tiles(module, right), explained, why_not),
+            _Pictures(
+                module, tiles, mixed, _tiles(module, wrong.head(_MISTAKES)), _tiles(module, right), explained, why_not
+            ),
             None,
         )
     except (DataError, MissingExtraError) as error:
         return None, str(error)
+
+
+def _batch(module: DataModule) -> tuple[list[Tile], str]:
+    """A batch of the first epoch, one with mixing if there is any among the first few, and what was done to it."""
+    spec = module.augment
+    for index, batch in enumerate(module.loader(module.split.train, train=True)):
+        mixed = module.mix(batch, 0, index) is not batch
+        if index == 0 or mixed:
+            tiles = plots.batch_tiles(batch, module, epoch=0, batch_index=index)
+            words = f"Batch {index + 1} of the first epoch, with the labels that it teaches"
+            words += "; augmented" if spec.preset != "none" else "; not augmented"
+            if spec.mixup or spec.cutmix:
+                shares = f"MixUp in {100 * spec.mixup:.0f} % and CutMix in {100 * spec.cutmix:.0f} % of the batches"
+                words += f" and {'mixed' if mixed else 'not mixed'} ({shares})"
+        if mixed or not (spec.mixup or spec.cutmix) or index == _SEARCHED - 1:
+            break
+    return tiles, f"{words}."
 
 
 def _confidence(predictions: pd.DataFrame) -> NDArray[np.float64]:
