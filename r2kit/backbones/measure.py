@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 __all__ = ["count_macs", "count_parameters"]
 
+# Give back the shape they get and cost nothing that is counted. Skipped: without data they take most of the time.
+_SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.Mish, nn.SiLU, nn.GELU, nn.Sigmoid)
+
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     """Return the number of parameters; a parameter that several modules share counts once.
@@ -46,7 +49,14 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     for module in shapes.modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             module.register_forward_hook(count)
+        elif isinstance(module, _SAME_SHAPE):
+            module.forward = _identity  # type: ignore[method-assign,assignment]
     dtype = next((p.dtype for p in shapes.parameters()), torch.float32)
     with torch.no_grad():
         shapes(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return macs
+
+
+def _identity(x: Tensor, *_: object) -> Tensor:
+    """Return `x`."""
+    return x
