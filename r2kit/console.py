@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -13,14 +14,17 @@ from rich.table import Table
 
 def make_console(*, quiet: bool = False) -> Console:
     """Return the console on standard output; `quiet` prints nothing."""
-    return Console(quiet=quiet, highlight=False, soft_wrap=True)
+    # In a file or a pipe nothing limits the width, and a folded name could not be searched for.
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers_from: int = 1) -> Table:
     """Return a table whose columns from `numbers_from` on are aligned to the right."""
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold", pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index >= numbers_from else "left", overflow="fold")
+        made.add_column(
+            column, justify="right" if index >= numbers_from else "left", no_wrap=index == 0, overflow="fold"
+        )
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made

@@ -318,7 +318,7 @@ def _print_start(console: Console, job: _Job) -> None:
         start = f"weights of {pretrained}"
     height, width = recipe.data.size
     console.print(
-        f"model: {recipe.model.name}, {start}, {job.parameters:,} parameters, {job.macs / 1e9:.2f} GMACs at "
+        f"model: {recipe.model.name}, {start}, {job.parameters:,} parameters, {job.macs / 1e9:.3g} GMACs at "
         f"{height}x{width}, {job.speed:.1f} training images/s measured here; {frozen}"
     )
     passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
