@@ -5,15 +5,18 @@ Everything here works on plain mappings of names to tensors; `weights` reads and
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from r2kit.backbones._weight_file import few
 from r2kit.errors import ModelError, did_you_mean
@@ -27,10 +30,11 @@ __all__ = [
     "drop_dead_projections",
     "fit_classifier",
     "fit_first_conv",
-    "fitting_variants",
+    "fitting_variant",
     "mismatch",
     "rename_published_plus",
     "strip_prefix",
+    "without_memory",
 ]
 
 InChansRule = Literal["repeat", "mean", "zero", "random"]
@@ -280,14 +284,19 @@ def _features(classifier: Mapping[str, Tensor]) -> tuple[int, ...]:
 # -- saying what does not fit ------------------------------------------------------------------------------------------
 
 
-def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the registered variants whose tensors are those of `state`, classifier and number of bands apart.
+def fitting_variant(state: Mapping[str, Tensor], like: str) -> str | None:
+    """Return the registered variant whose tensors are those of `state`, classifier and number of bands apart.
 
     Args:
         state: Tensors with the keys of a backbone, without a prefix.
+        like: The variants with the nearest names are tried first; it is not an answer itself.
+
+    Returns:
+        Its name, or None if no variant of the family fits.
     """
     shapes = {name: tuple(t.shape) for name, t in state.items()}
-    return [name for name, wanted in _variant_shapes().items() if _same_network(shapes, wanted)]
+    nearest = sorted(_family(), key=lambda name: -difflib.SequenceMatcher(None, like, name).ratio())
+    return next((name for name in nearest if name != like and _Variant.of(name).fits(shapes)), None)
 
 
 def mismatch(
@@ -309,53 +318,64 @@ def mismatch(
     if unequal:
         shown = [f"{n} is {_shape(state[n])} in the file and {_shape(wanted[n])} in the model" for n in unequal]
         parts.append(f"{len(unequal)} have another shape ({few(shown, 2)})")
-    fits = [name for name in fitting_variants(state) if name != arch]
-    advice = (
-        f"the file fits {' or '.join(repr(name) for name in fits[:3])}"
-        if fits
-        else "no registered variant fits the file either"
-    )
+    fits = fitting_variant(state, arch)
+    advice = f"the file fits '{fits}'" if fits else "no registered variant fits the file either"
     return f"{source}: does not fit '{arch}': {'; '.join(parts)}; {advice}"
 
 
+class _SkipRandom(TorchFunctionMode):
+    """Skips random initialisation, which takes most of the time of building a network that has no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor as it is where it would be drawn, and call everything else."""
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 @functools.cache
-def _variant_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return key -> shape of every variant of the family, and of its ResNet baselines, built without memory."""
-    shapes = {}
-    for name in _family():
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        heads = _classifier_names(model)
-        firsts = {f"{n}.weight" for n in _first_conv_names(model)}
-        shapes[name] = (
-            {
-                k: tuple(t.shape[:1] + t.shape[2:]) if k in firsts else tuple(t.shape)
-                for k, t in model.state_dict().items()
-                if k.rpartition(".")[0] not in heads and not k.endswith("num_batches_tracked")
-            }
-            | {f"@first {f}": () for f in firsts}
-            | {f"@head {h}": () for h in heads}
-        )
-    return shapes
+def without_memory(name: str) -> nn.Module:
+    """Return the network with its default options, on the meta device; it is shared, so leave it as it is."""
+    with torch.device("meta"), _SkipRandom():
+        return timm.create_model(name)
 
 
-def _family() -> list[str]:
+@dataclass(frozen=True)
+class _Variant:
+    """The shapes of a registered variant, and which of them may differ."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    classifiers: frozenset[str]
+    first_convs: frozenset[str]
+
+    @staticmethod
+    @functools.cache
+    def of(name: str) -> _Variant:
+        """Note the shapes of the variant."""
+        model = without_memory(name)
+        shapes = {k: tuple(t.shape) for k, t in model.state_dict().items()}
+        firsts = frozenset(f"{n}.weight" for n in _first_conv_names(model))
+        return _Variant(shapes, frozenset(_classifier_names(model)), firsts)
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a file with these shapes is of this variant, classifier and bands apart."""
+        return self._comparable(shapes) == self._comparable(self.shapes)
+
+    def _comparable(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Leave out what may differ."""
+        return {
+            name: shape[:1] + shape[2:] if name in self.first_convs else shape
+            for name, shape in shapes.items()
+            if name.rpartition(".")[0] not in self.classifiers and not name.endswith("num_batches_tracked")
+        }
+
+
+@functools.cache
+def _family() -> tuple[str, ...]:
     """Return the names to compare a file with: ours, timm's of the same families, and the ResNets behind them."""
-    ours = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("r2kit.")]
+    ours = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("r2kit.")]
     baselines = ["resnet50", "resnet50d", "resnet101", "resnet101d", "resnet152"]
-    return sorted({*ours, *timm.list_models(module=["res2net", "resnest", "dla"]), *baselines})
-
-
-def _same_network(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a file's shapes are a variant's, classifier and bands apart."""
-    firsts = {k.removeprefix("@first ") for k in wanted if k.startswith("@first ")}
-    heads = {k.removeprefix("@head ") for k in wanted if k.startswith("@head ")}
-    theirs = {
-        k: s[:1] + s[2:] if k in firsts else s
-        for k, s in shapes.items()
-        if k.rpartition(".")[0] not in heads and not k.endswith("num_batches_tracked")
-    }
-    return theirs == {k: s for k, s in wanted.items() if not k.startswith("@")}
+    return tuple(sorted({*ours, *timm.list_models(module=["res2net", "resnest", "dla"]), *baselines}))
 
 
 def _has(model: nn.Module, name: str) -> bool:

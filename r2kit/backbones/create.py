@@ -21,6 +21,7 @@ from timm.layers import get_attn
 from timm.models import ResNet
 from torch import nn
 
+from r2kit.backbones._fit import without_memory
 from r2kit.backbones.published import WeightsInfo, locate, no_network, unpublished, weights_info
 from r2kit.backbones.resnest import fix_drop_path
 from r2kit.backbones.weights import InChansRule, check_in_chans_rule, load_state, load_weights
@@ -141,17 +142,10 @@ def _check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-@functools.cache
-def _skeleton(name: str) -> nn.Module:
-    """Return the network with its default options and without memory for its tensors."""
-    with torch.device("meta"):
-        return timm.create_model(name)
-
-
 def _known_options(name: str) -> list[str]:
     """Return the options that timm's builder, the entrypoint and the network's class name."""
     named = [*_BUILDER_OPTIONS]
-    for function in (timm.model_entrypoint(name), type(_skeleton(name)).__init__):
+    for function in (timm.model_entrypoint(name), type(without_memory(name)).__init__):
         parameters = inspect.signature(function).parameters.values()
         named += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return [option for option in named if option not in ("self", "pretrained", *_REPLACED_OPTIONS)]
@@ -206,7 +200,7 @@ def _merged_block_args(name: str, block_args: Any) -> dict[str, Any]:
     """Return the architecture's own block arguments with `block_args` over them, if the block knows them by name."""
     if not isinstance(block_args, Mapping):
         raise ModelError(f"block_args: must be a mapping, got {type(block_args).__name__}")
-    skeleton = _skeleton(name)
+    skeleton = without_memory(name)
     if not isinstance(skeleton, ResNet) or "block_args" not in _known_options(name):
         raise ModelError(f"block_args: the blocks of '{name}' take none")
     block = type(skeleton.layer1[0])
