@@ -136,12 +136,12 @@ def test_blocks_need_coordinates() -> None:
 
 
 def test_buffer_leaves_out_training_images_near_held_out_ones() -> None:
-    frame = world()
+    frame = world(1500)
     plain = make_split(frame, CLASSES, DataSpec(), seed=0)
-    split = make_split(frame, CLASSES, DataSpec(buffer_degrees=2.0), seed=0)
+    split = make_split(frame, CLASSES, DataSpec(buffer_degrees=5.0), seed=0)
     np.testing.assert_array_equal(split.val, plain.val)
     np.testing.assert_array_equal(np.sort(np.concatenate([split.train, split.buffered])), plain.train)
-    assert len(split.buffered) > 100
+    assert len(split.buffered) > 50
     place = frame[["lon", "lat"]].to_numpy()
     held_out = np.concatenate([split.val, split.test])
 
@@ -150,8 +150,8 @@ def test_buffer_leaves_out_training_images_near_held_out_ones() -> None:
         apart[..., 0] = np.minimum(apart[..., 0], 360 - apart[..., 0])
         return apart.max(-1).min(1)
 
-    assert nearest(split.train).min() > 2.0
-    assert nearest(split.buffered).max() <= 2.0
+    assert nearest(split.train).min() > 5.0
+    assert nearest(split.buffered).max() <= 5.0
 
 
 def test_a_buffer_that_takes_everything_is_an_error() -> None:
