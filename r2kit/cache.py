@@ -9,8 +9,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Return the cache folder: ``$R2KIT_CACHE``, else the platform's own place. It may not exist yet."""
-    if os.environ.get("R2KIT_CACHE"):
-        return Path(os.environ["R2KIT_CACHE"])
+    if chosen := os.environ.get("R2KIT_CACHE"):
+        return Path(chosen).expanduser()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "r2kit" / "cache"
     if sys.platform == "darwin":

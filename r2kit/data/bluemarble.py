@@ -30,7 +30,8 @@ import pandas as pd
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 import r2kit
-from r2kit.data.sources import cache_folder, fingerprint_of
+from r2kit.cache import cache_folder
+from r2kit.data.sources import fingerprint_of
 from r2kit.errors import DataError, require
 from r2kit.recipe import BlueMarbleSpec
 

@@ -20,8 +20,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from r2kit.cache import cache_folder
 from r2kit.data.reader import IMAGE_SUFFIXES, ImageInfo, find_images, inspect_image, read_image
-from r2kit.data.sources import cache_folder, fingerprint_of
+from r2kit.data.sources import fingerprint_of
 from r2kit.errors import DataError, did_you_mean
 
 PART_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

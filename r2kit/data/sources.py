@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -66,17 +65,6 @@ def open_source(spec: DataSpec) -> Source:
     if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
         raise ValueError("data.root is needed for source 'folder'")
     return ImageFolder(Path(spec.root), on_bad_file=spec.on_bad_file, workers=loader_workers(spec.workers))
-
-
-def cache_folder() -> Path:
-    """Folder for what can be rebuilt: ``$R2KIT_CACHE``, or the platform's cache folder of the user."""
-    if chosen := os.environ.get("R2KIT_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "r2kit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "r2kit" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2kit"
 
 
 def loader_workers(workers: int | str) -> int:
