@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from r2kit import gradcam, metrics, plots, result
+from r2kit import explain, metrics, plots, result
 from r2kit.console import duration
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, MissingExtraError, ModelError, RunError
@@ -377,7 +377,7 @@ def _tiles(module: DataModule, rows: pd.DataFrame) -> list[Tile]:
 
 def _explain(run: Run, module: DataModule, rows: pd.DataFrame) -> tuple[list[Tile], str | None]:
     """Pairs of an image and the same under its Grad-CAM map; or why there are none."""
-    if not gradcam.available():
+    if not explain.available():
         again = f"r2kit report {shlex.quote(str(run.path))}"
         return [], f'Grad-CAM needs captum: pip install "r2kit[explain]" and then {again}'
     if rows.empty:
@@ -385,7 +385,7 @@ def _explain(run: Run, module: DataModule, rows: pd.DataFrame) -> tuple[list[Til
     images = torch.stack([module.preprocess.apply(module.source.read(int(row))) for row in rows["row"]])
     target = torch.from_numpy(result.labels(rows, "pred", module.classes))
     try:
-        heat = gradcam.gradcam(run.model(), images, target)
+        heat = explain.gradcam(run.model(), images, target)
     except ModelError as error:
         return [], str(error)
     tiles = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from r2kit import errors
-from r2kit.gradcam import available, gradcam, target_layer
+from r2kit.explain import available, gradcam, target_layer
 
 pytest.importorskip("captum", reason="captum (extra explain) is not installed")
 

@@ -1,4 +1,4 @@
-"""Grad-CAM: which part of an image speaks for a class, through captum (extra ``explain``)."""
+"""Explain a prediction: Grad-CAM, which part of an image speaks for a class, through captum (extra ``explain``)."""
 
 from __future__ import annotations
 

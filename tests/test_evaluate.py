@@ -1,0 +1,152 @@
+"""Evaluation of a finished run: what is stored, where every figure comes from, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_images
+
+from r2kit import result
+from r2kit.baselines import band_features
+from r2kit.errors import DataError, RunError
+from r2kit.evaluate import evaluate, summary_lines
+from r2kit.run import Run
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def test_predictions_are_the_models_own_on_the_held_out_images(run):
+    found = evaluate(run, batch_size=5)
+    table = pd.read_parquet(run.predictions("test"))
+    data = run.datamodule()
+    data.setup()
+    batches = list(data.test_dataloader())
+    with torch.inference_mode():
+        logits = torch.cat([run.model()(batch["image"]) for batch in batches])
+    label = torch.cat([batch["label"] for batch in batches]).numpy()
+    probs = result.probabilities(table, run.preprocess.classes)
+    np.testing.assert_allclose(probs, logits.softmax(1).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(result.labels(table, "label", run.preprocess.classes), label)
+    assert found["accuracy"]["value"] == (logits.argmax(1).numpy() == label).mean()
+    manifest = data.source.manifest.iloc[data.split.test]
+    assert table["id"].tolist() == manifest["id"].tolist()
+    assert found["split"] == "test"
+    assert found["groups"] is None
+
+
+def test_stored_figures_are_those_of_the_stored_table(run):
+    found = evaluate(run)
+    assert json.loads(run.metrics_json.read_text()) == found
+    again = result.compute(
+        pd.read_parquet(run.predictions("test")), run.preprocess.classes, split="test", seed=run.recipe.seed
+    )
+    assert {key: found[key] for key in again} == again
+    assert found["predictions"] == "predictions_test.parquet"
+    assert summary_lines(found)[0].startswith("test accuracy")
+
+
+def test_nothing_depends_on_the_batch_size(run):
+    first = evaluate(run, batch_size=1)
+    one = pd.read_parquet(run.predictions("test"))
+    second = evaluate(run, batch_size=64)
+    many = pd.read_parquet(run.predictions("test"))
+    pd.testing.assert_frame_equal(one, many, rtol=1e-4, atol=1e-5)
+    assert first["confusion"] == second["confusion"]
+
+
+def test_baselines_learn_from_the_training_images_only(run, monkeypatch):
+    seen = {}
+
+    def spy(train, label, features):
+        seen.update(train=train, label=label, features=features)
+        return np.zeros(len(features), dtype=np.int64)
+
+    monkeypatch.setattr("r2kit.evaluate.logistic_regression", spy)
+    found = evaluate(run)
+    data = run.datamodule()
+    data.setup()
+    raw = [band_features(data.source.read(int(row))) for row in data.split.train]
+    np.testing.assert_allclose(seen["train"], np.stack(raw))
+    np.testing.assert_array_equal(seen["label"], data.labels[data.split.train])
+    assert len(seen["features"]) == len(data.split.test)
+    share = (data.labels[data.split.test] == 0).mean()
+    assert found["baselines"]["logistic"]["accuracy"]["value"] == pytest.approx(share)
+
+
+def test_another_split_leaves_the_reported_result_alone(run):
+    before = run.metrics_json.read_text()
+    found = evaluate(run, split="val")
+    assert found["split"] == "val"
+    assert run.metrics_json.read_text() == before
+    assert json.loads((run.path / "metrics_val.json").read_text()) == found
+    assert any("chose the best epoch" in note for note in result.caveats(found))
+
+
+def test_another_folder_is_evaluated_with_the_runs_classes(run, tmp_path):
+    other = make_images(tmp_path / "elsewhere", 4, size=40, seed=9)
+    shutil.rmtree(other / "field")  # the two that are left have other numbers here than in the run
+    before = run.metrics_json.read_text()
+    found = evaluate(run, data=other)
+    table = pd.read_parquet(run.predictions("elsewhere"))
+    assert sorted(table["label"]) == ["sand"] * 4 + ["water"] * 4
+    assert found["classes"] == ["field", "sand", "water"]
+    assert found["accuracy"]["value"] == (table["label"] == table["pred"]).mean()
+    assert found["baselines"]["logistic"]["accuracy"]["value"] == 1.0  # colours tell these apart
+    assert run.metrics_json.read_text() == before
+    assert (run.path / "metrics_elsewhere.json").is_file()
+
+
+def test_without_the_training_images_other_data_is_evaluated_without_baselines(run, tmp_path, monkeypatch):
+    other = make_images(tmp_path / "elsewhere", 3, seed=9)
+
+    def gone(self):
+        raise DataError("tiles: no such folder")
+
+    monkeypatch.setattr(Run, "datamodule", gone)
+    found = evaluate(run, data=other)
+    assert found["baselines"] == {}
+    assert any("tiles: no such folder" in note for note in result.caveats(found))
+
+
+def test_a_folder_named_like_a_split_does_not_replace_the_splits_predictions(run, tmp_path):
+    before = run.predictions("test").read_bytes()
+    evaluate(run, data=make_images(tmp_path / "test", 2))
+    assert run.predictions("test").read_bytes() == before
+    assert run.predictions("data_test").is_file()
+
+
+def test_the_interval_is_over_blocks_where_the_split_is_spatial(run):
+    split = pd.read_parquet(run.split_file)
+    split["block"] = [f"b{i // 2}" for i in range(len(split))]
+    split.to_parquet(run.split_file)
+    found = evaluate(run)
+    table = pd.read_parquet(run.predictions("test"))
+    assert found["groups"] == table["group"].nunique()
+    block = split.set_index("id")["block"]
+    assert table["group"].tolist() == block[table["id"]].tolist()
+
+
+def test_unknown_class_is_named(run, tmp_path):
+    other = make_images(tmp_path / "elsewhere", 2)
+    (other / "sand").rename(other / "sands")
+    with pytest.raises(DataError, match=r"'sands' is unknown to the run.*did you mean 'sand'"):
+        evaluate(run, data=other)
+
+
+def test_unknown_or_empty_split_is_refused(run, tmp_path):
+    with pytest.raises(RunError, match="'tets' is none of auto, train, val, test; did you mean 'test'"):
+        evaluate(run, split="tets")
+    split = pd.read_parquet(run.split_file)
+    split[split["split"] != "test"].to_parquet(run.split_file)
+    with pytest.raises(RunError, match="held out no test images; take --split val"):
+        evaluate(run, split="test")
+    assert evaluate(run)["split"] == "val"  # the reported split of a run without a test
+    with pytest.raises(DataError, match="has no split 'val', only all images together"):
+        evaluate(run, data=make_images(tmp_path / "elsewhere", 2), split="val")

@@ -1,0 +1,60 @@
+"""Devices, reading in order with failures kept apart, and probabilities."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from r2kit.errors import DataError, ModelError
+from r2kit.inference import Classifier, choose_device, load_images
+
+
+def read(key):
+    if key < 0:
+        raise DataError(f"image {key}: broken")
+    return np.full((2, 2, 1), key, dtype=np.float32)
+
+
+def prepare(raw):
+    return torch.from_numpy(raw).permute(2, 0, 1), torch.tensor(float(raw.max()))
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 3), (0, 100), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_images_come_in_order_and_failures_by_position(workers, batch_size):
+    keys = [5, -1, 7, 8, -2, 9, 10]
+    batches = list(load_images(read, keys, prepare, batch_size=batch_size, workers=workers))
+    assert [i for b in batches for i in b.index] == [0, 2, 3, 5, 6]
+    assert [f for b in batches for f in b.failed] == [(1, "image -1: broken"), (4, "image -2: broken")]
+    values = torch.cat([b.tensors[1] for b in batches if b.index])
+    assert values.tolist() == [5, 7, 8, 9, 10]
+    assert batches[0].tensors[0].shape[1:] == (1, 2, 2)
+
+
+def test_a_batch_of_failures_has_no_tensors():
+    (batch,) = load_images(read, [-1, -2], prepare)
+    assert batch.tensors == ()
+    assert len(batch.failed) == 2
+
+
+def test_probabilities_are_the_softmax_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Flatten(), nn.Linear(144, 5)
+    ).double()
+    image = torch.randn(6, 3, 8, 8)
+    classify = Classifier(model, "cpu")
+    found = classify(image)
+    with torch.no_grad():
+        expected = model.eval().float()(image).softmax(1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-12)
+    np.testing.assert_allclose(classify(image[2:3])[0], found[2], atol=1e-6)
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ModelError, match="'gpu' is no device; use auto, cpu"):
+        choose_device("gpu")
+    with pytest.raises(ModelError, match="this machine has none"):
+        choose_device("cuda:99")

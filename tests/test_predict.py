@@ -1,0 +1,112 @@
+"""Prediction of image files: order, numbers, files written, and images that cannot be read."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_images
+from PIL import Image
+
+from r2kit.data.reader import read_image
+from r2kit.errors import DataError
+from r2kit.predict import predict
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = make_images(tmp_path / "new", 4, size=28, seed=5)
+    for file in (folder / "sand").iterdir():
+        shutil.move(file, folder / f"sand-{file.name}")
+    (folder / "sand").rmdir()
+    return folder
+
+
+def test_a_folder_gives_one_row_an_image_with_the_models_own_probabilities(finished_run, images):
+    table = predict(finished_run, images)
+    names = finished_run.preprocess.classes
+    assert list(table) == ["path", "class", "confidence", *(f"prob_{name}" for name in names)]
+    assert table["path"].tolist() == sorted(table["path"])
+    assert len(table) == 12
+    raw = torch.stack([finished_run.preprocess.apply(read_image(path)) for path in table["path"]])
+    with torch.inference_mode():
+        expected = finished_run.model()(raw).softmax(1).numpy()
+    probs = table[[f"prob_{name}" for name in names]].to_numpy()
+    np.testing.assert_allclose(probs, expected, atol=1e-5)
+    np.testing.assert_allclose(table["confidence"], probs.max(1))
+    assert table["class"].tolist() == [names[i] for i in probs.argmax(1)]
+
+
+def test_nothing_depends_on_the_batch_size(finished_run, images):
+    one, many = predict(finished_run, images, batch_size=1), predict(finished_run, images, batch_size=7)
+    pd.testing.assert_frame_equal(one, many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["found", "found.csv", "found.parquet", "deeper/v1.2"])
+def test_csv_and_parquet_hold_the_table(finished_run, images, tmp_path, name):
+    table = predict(finished_run, [images / "field", images / "sand-000.png"], out=tmp_path / name)
+    stem = {"deeper/v1.2": "deeper/v1.2"}.get(name, "found")
+    csv, parquet = pd.read_csv(tmp_path / f"{stem}.csv"), pd.read_parquet(tmp_path / f"{stem}.parquet")
+    assert len(table) == 5
+    pd.testing.assert_frame_equal(csv, table, check_dtype=False)
+    pd.testing.assert_frame_equal(parquet, table, check_dtype=False)
+
+
+def _break(images):
+    broken = images / "field" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (images / "water" / "note.png").write_text("no picture")
+    return broken
+
+
+def test_unreadable_images_are_listed_and_the_others_are_still_written(finished_run, images, tmp_path):
+    broken = _break(images)
+    with pytest.raises(DataError) as caught:
+        predict(finished_run, images, out=tmp_path / "found", batch_size=2)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("2 of 13 images could not be read")
+    assert str(broken) in line
+    assert "note.png" in line
+    assert "the other 11 are in" in line
+    assert "--on-bad-file skip" in line
+    assert len(pd.read_csv(tmp_path / "found.csv")) == 11
+
+
+def test_skipped_images_are_returned_with_their_reason(finished_run, images):
+    broken = _break(images)
+    table = predict(finished_run, images, on_bad_file="skip")
+    assert len(table) == 11
+    assert str(broken) not in set(table["path"])
+    assert [path for path, _ in table.attrs["skipped"]] == [str(broken), str(images / "water" / "note.png")]
+    assert all(reason for _, reason in table.attrs["skipped"])
+
+
+def test_only_unreadable_images_give_an_empty_table(finished_run, tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    table = predict(finished_run, tmp_path / "x.png", on_bad_file="skip")
+    assert len(table) == 0
+    assert "confidence" in table
+
+
+def test_grey_and_turned_images_are_read_like_training_images(finished_run, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (30, 20), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert len(predict(finished_run, tmp_path / "grey.png")) == 1
+
+
+def test_a_missing_path_is_refused(finished_run, tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        predict(finished_run, tmp_path / "nowhere")
+
+
+def test_a_place_that_cannot_be_written_is_refused(finished_run, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        predict(finished_run, images / "field", out=tmp_path / "file" / "found")
+
+
+@pytest.mark.slow
+def test_nothing_depends_on_the_number_of_workers(finished_run, images):
+    pd.testing.assert_frame_equal(predict(finished_run, images), predict(finished_run, images, workers=2))
