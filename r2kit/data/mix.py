@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from r2kit.recipe import AugmentSpec
+from r2kit.seeding import derive_seed
 
 MixKind = Literal["mixup", "cutmix"]
 
@@ -52,7 +53,7 @@ def mix_batch(
         MixUp: Zhang et al. 2018, arXiv:1710.09412. CutMix: Yun et al. 2019, arXiv:1905.04899.
     """
     transform = (v2.MixUp if kind == "mixup" else v2.CutMix)(alpha=alpha, num_classes=num_classes)
-    seed = int(np.random.SeedSequence([*key, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    seed = derive_seed(*key, 1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs as well
         mixed_image, mixed_label = transform(image, label)
