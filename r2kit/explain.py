@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 from r2kit.errors import ModelError, require
 
+_CELLS = 4  # fewest cells a side of a map that can still say where
+
 
 def available() -> bool:
     """Return whether captum is installed."""
     return importlib.util.find_spec("captum") is not None
 
 
-def target_layer(model: nn.Module) -> nn.Module:
-    """Return the layer whose maps Grad-CAM weighs: the network's last, deepest stage.
+def target_layer(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """Return the layer whose maps Grad-CAM weighs: the deepest stage that still says where.
+
+    That is the last stage at 224 pixels; for a small image, whose last map is one or two cells, the deepest one with at
+    least four cells a side, or the finest there is.
 
     Args:
         model: A network with timm's `feature_info`.
+        size: (H, W) of the image.
 
     Raises:
         ModelError: If the network does not say where its stages end.
@@ -29,7 +35,8 @@ def target_layer(model: nn.Module) -> nn.Module:
     info = getattr(model, "feature_info", None)
     if not info:
         raise ModelError(f"Grad-CAM: {type(model).__name__} does not name its stages (feature_info); name a layer")
-    return model.get_submodule(info[-1]["module"])
+    stages = [stage for stage in info if min(size) >= _CELLS * stage["reduction"]]
+    return model.get_submodule((stages[-1] if stages else info[0])["module"])
 
 
 def gradcam(model: nn.Module, image: Tensor, target: Tensor, *, layer: nn.Module | None = None) -> NDArray[np.float32]:
@@ -57,7 +64,7 @@ def gradcam(model: nn.Module, image: Tensor, target: Tensor, *, layer: nn.Module
     require("captum", "captum", "explain", "Grad-CAM")
     from captum.attr import LayerAttribution, LayerGradCam
 
-    layer = target_layer(model) if layer is None else layer
+    layer = target_layer(model, (image.shape[-2], image.shape[-1])) if layer is None else layer
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

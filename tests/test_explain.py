@@ -78,7 +78,9 @@ def test_model_and_image_are_left_as_they_were(model):
 
 def test_a_real_backbone_gives_maps_of_the_image_size():
     model = timm.create_model("resnet18", num_classes=4)  # in-place ReLU right behind the layer
-    assert target_layer(model) is model.layer4
+    assert target_layer(model, (224, 224)) is model.layer4
+    assert target_layer(model, (64, 64)) is model.layer3
+    assert target_layer(model, (32, 32)) is model.layer2
     found = gradcam(model, torch.randn(2, 3, 64, 64), torch.tensor([0, 3]))
     assert found.shape == (2, 64, 64)
     assert found.min() >= 0.0
