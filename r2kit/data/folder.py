@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,14 +238,13 @@ def _recall(memory: Path) -> dict[tuple[str, str], dict[str, object]]:
 
 def _remember(memory: Path, rows: pd.DataFrame) -> None:
     """Write the checks for the next run; a full or read-only disk costs only time."""
+    draft = memory.with_name(f"{memory.name}.{os.getpid()}.part")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=memory.parent, suffix=".part")
-        os.close(handle)
         rows.to_parquet(draft, index=False)
         os.replace(draft, memory)
     except OSError:
-        return
+        draft.unlink(missing_ok=True)
 
 
 def _raster_start_method() -> str:

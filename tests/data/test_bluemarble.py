@@ -127,7 +127,7 @@ def test_many_builders_at_once_and_one_killed(grids, tmp_path: Path, monkeypatch
 
     write = bluemarble._write
     monkeypatch.setattr(bluemarble, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match=r"cannot write the tiles: disk full; set the environment variable R2KIT_CACHE"):
         build(spec)
     assert list(tmp_path.iterdir()) == []
 
