@@ -84,7 +84,7 @@ def finetune(
 
     if _first_process():
         job.data.preprocess.save(run.preprocess_file)
-        job.data.split.to_frame(job.data.source.manifest).to_parquet(run.split_file)
+        job.data.split.save(run.split_file, job.data.source.manifest)
         run.write_info(
             state="training",
             versions=installed_versions(),
@@ -299,6 +299,8 @@ def _print_start(console: Console, job: _Job) -> None:
     console.print("  ".join(f"{name} {versions[name]}" for name in ("r2kit", "torch", "lightning", "timm")))
     console.print(f"device: {job.device_name}, precision {job.precision}, seed {recipe.seed}")
     console.print(f"data: {data.source.name}, split by {data.split.kind}")
+    for warning in data.split.warnings:
+        console.print(f"  note: {warning}")
     for path, reason in data.skipped[:5]:
         console.print(f"  left out: {path}: {reason}")
     if len(data.skipped) > 5:

@@ -1,5 +1,6 @@
 """Small data that every test can make: no downloads, no packages beyond the core."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,15 @@ import pytest
 from PIL import Image
 
 COLOURS = {"field": (60, 140, 40), "sand": (200, 170, 110), "water": (20, 40, 120)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Iterator[Path]:
+    """Tests build what they need in a cache of their own and leave the user's alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R2KIT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

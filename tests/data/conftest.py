@@ -1,6 +1,6 @@
-"""A cache folder of its own for the tests, and small data sets that several of them use."""
+"""Small data sets that several tests of the data package use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,6 @@ from rasterio.transform import Affine
 
 from r2kit.data.bluemarble import BlueMarble
 from r2kit.recipe import BlueMarbleSpec
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("R2KIT_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")
