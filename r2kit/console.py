@@ -47,6 +47,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",  # r2kit chooses the number of workers itself
+        ".*in eval mode at the start of training.*",  # frozen norms, on purpose
         ".*number of training batches.*smaller than the logging interval.*",  # r2kit writes its own log
         ".*isinstance.treespec, LeafSpec.*",  # Lightning against the newest torch
         ".*Checkpoint directory .* exists and is not empty.*",  # the run folder is made by r2kit

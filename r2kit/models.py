@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from r2kit.backbones import create_model
-from r2kit.backbones.weights import load_weights
+from r2kit.backbones.weights import LoadReport, load_weights
+from r2kit.data.preprocess import Interpolation, Preprocess
 from r2kit.errors import ModelError, RunError
 from r2kit.recipe import ModelSpec
 
@@ -18,26 +20,56 @@ if TYPE_CHECKING:
     from r2kit.run import Run
 
 
-def build_model(spec: ModelSpec, *, num_classes: int, in_chans: int) -> nn.Module:
+def build_model(spec: ModelSpec, *, num_classes: int, bands: Sequence[str]) -> nn.Module:
     """Build the network that a recipe names, with its starting weights.
 
     Args:
         spec: The recipe's `model` section.
         num_classes: Size of the classifier.
-        in_chans: Number of bands.
+        bands: Names of the bands; weights made for colour images find red, green and blue among them by name.
 
     Raises:
-        ModelError: If the name is unknown, or the weights cannot be had or do not fit.
+        ModelError: If the name is unknown, the channel table cannot be read, or the weights cannot be had or do not fit.
     """
+    table = {} if spec.structure is None else {"structure": spec.structure}
     return create_model(
         spec.name,
         pretrained=spec.pretrained,
         num_classes=num_classes,
-        in_chans=in_chans,
+        in_chans=len(bands),
         in_chans_rule=spec.in_chans_rule,
+        rgb_bands=_rgb_positions(bands),
         drop_rate=spec.drop_rate,
         drop_path_rate=spec.drop_path_rate,
+        **table,
     )
+
+
+def _rgb_positions(bands: Sequence[str]) -> tuple[int, int, int] | None:
+    """Return where red, green and blue are among the bands, None where they are not named."""
+    lowered = [band.lower() for band in bands]
+    if not {"red", "green", "blue"} <= set(lowered):
+        return None
+    return lowered.index("red"), lowered.index("green"), lowered.index("blue")
+
+
+def fit_preprocess(preprocess: Preprocess, report: LoadReport | None) -> tuple[Preprocess, str | None]:
+    """Give the images the normalisation that the starting weights were made with.
+
+    Args:
+        preprocess: Made from the training images.
+        report: What loading the weights did; None for random weights.
+
+    Returns:
+        The preprocessing to use, and a line that says what was decided; None where there was nothing to decide.
+    """
+    wanted = report.preprocessing if report is not None else None
+    if wanted is None or wanted.origin == "assumed":
+        return preprocess, None
+    if not preprocess.is_picture or len(wanted.mean) != len(preprocess.bands):
+        return preprocess, "normalisation: that of the training images; the weights' own is for other bands"
+    interpolation = wanted.interpolation if wanted.interpolation in get_args(Interpolation) else None
+    return preprocess.with_stats(wanted.mean, wanted.std, interpolation), "normalisation: that of the weights"
 
 
 def model_from_run(run: Run) -> nn.Module:
@@ -46,8 +78,8 @@ def model_from_run(run: Run) -> nn.Module:
     Raises:
         RunError: If the stored weights do not fit the stored recipe.
     """
-    spec = run.recipe.model.model_copy(update={"pretrained": False})
-    model = build_model(spec, num_classes=len(run.preprocess.classes), in_chans=len(run.preprocess.bands))
+    spec = run.own_recipe.model.model_copy(update={"pretrained": False})
+    model = build_model(spec, num_classes=len(run.preprocess.classes), bands=run.preprocess.bands)
     try:
         load_weights(model, run.weights_file)
     except ModelError as error:

@@ -42,6 +42,7 @@ class ClassificationTask(L.LightningModule):
         self.epoch_metrics: dict[str, float] = {}
         self._train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
+        self.train()  # Lightning takes the modes as it finds them
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits (B, K) of images (B, C, H, W)."""

@@ -19,14 +19,16 @@ from torch import nn
 
 from r2kit import plots
 from r2kit.backbones.measure import count_macs, count_parameters
-from r2kit.backbones.weights import save_weights
+from r2kit.backbones.scalenet import ScaleNet
+from r2kit.backbones.scalenet_tables import save_structure
+from r2kit.backbones.weights import LoadReport, save_weights
 from r2kit.benchmark import measure_throughput
 from r2kit.callbacks import Ema, Progress, Recorder
 from r2kit.console import duration, make_console, quiet_libraries, table
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import RecipeError, RunError
 from r2kit.evaluate import evaluate
-from r2kit.models import build_model, memory_format
+from r2kit.models import build_model, fit_preprocess, memory_format
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import find_recipe, load_recipe
 from r2kit.report import write_report
@@ -63,7 +65,7 @@ def finetune(
     """
     started = time.perf_counter()
     checked = load_recipe(recipe, overrides)
-    console = make_console(quiet=quiet or not _first_process())
+    console = make_console(quiet=quiet or not first_process())
     if resume and out is None:
         raise RunError("--resume auto needs the folder of the run: give --out runs/NAME")
     unfinished = _claim(checked, out, overwrite=overwrite, resume=resume)
@@ -71,8 +73,10 @@ def finetune(
         console.print(f"{unfinished.path}: finished already")
         return unfinished
 
-    job = _prepare(checked, console)
-    if not _first_process():
+    # A run that goes on is built from its own copy of the channel table, whatever became of the file.
+    begun = unfinished if first_process() else Run(os.environ[_RUN_FOLDER])
+    job = _prepare(checked if begun is None else begun.own_recipe, console)
+    if not first_process():
         run = Run(os.environ[_RUN_FOLDER])
     elif unfinished is not None:
         run = unfinished
@@ -82,8 +86,10 @@ def finetune(
             _keep_as_written(run, recipe, overrides)
     os.environ[_RUN_FOLDER] = str(run.path.resolve())
 
-    if _first_process():
+    if first_process():
         job.data.preprocess.save(run.preprocess_file)
+        if isinstance(job.model, ScaleNet) and checked.model.structure is not None:
+            save_structure(job.model.structure, run.structure_file)
         job.data.split.save(run.split_file, job.data.source.manifest)
         run.write_info(
             state="training",
@@ -97,7 +103,7 @@ def finetune(
         recorder = _fit(job, run, console, resume=unfinished is not None)
     finally:
         os.environ.pop(_RUN_FOLDER, None)
-    if not _first_process():
+    if not first_process():
         return run
 
     trained = time.perf_counter()
@@ -148,9 +154,10 @@ class _Job:
     parameters: int
     macs: int
     speed: float
+    loaded: list[str]
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
     """Whether this is the process that writes files: the only one, or rank zero."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
     return rank == "0"
@@ -162,7 +169,7 @@ def _claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: b
     Raises:
         RunError: If the folder holds a run and neither `overwrite` nor `resume` is given, or a run of another recipe.
     """
-    if out is None or not Run(out).exists() or not _first_process():
+    if out is None or not Run(out).exists() or not first_process():
         return None
     if not (overwrite or resume):
         raise RunError(f"{out}: holds a run already; give --overwrite, --resume auto, or another --out")
@@ -206,7 +213,9 @@ def _prepare(recipe: Recipe, console: Console) -> _Job:
         data.setup()
     L.seed_everything(recipe.seed, verbose=False)
     bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
-    model = build_model(recipe.model, num_classes=classes, in_chans=bands)
+    model = build_model(recipe.model, num_classes=classes, bands=data.preprocess.bands)
+    report: LoadReport | None = model.load_report  # type: ignore[assignment]
+    data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
     model = model.to(memory_format=memory_format(recipe.train.channels_last))
     task = ClassificationTask(recipe, model, classes)
     size = recipe.data.size
@@ -230,6 +239,7 @@ def _prepare(recipe: Recipe, console: Console) -> _Job:
         count_parameters(model),
         count_macs(model, (bands, *size)),
         speed,
+        [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
     )
     _print_start(console, job)
     return job
@@ -271,8 +281,8 @@ def _fit(job: _Job, run: Run, console: Console, *, resume: bool, steps: int | No
         devices=devices,
         strategy="ddp" if spec.strategy == "ddp" else "auto",
         precision=job.precision,
-        max_epochs=spec.epochs,
-        max_steps=-1 if steps is None else steps,
+        max_epochs=spec.epochs if steps is None else 1,
+        limit_train_batches=steps,
         limit_val_batches=None if steps is None else 1,
         callbacks=callbacks,
         logger=False,
@@ -311,7 +321,7 @@ def _print_start(console: Console, job: _Job) -> None:
     console.print(table("images", ["class", *counts.columns], rows))
     prep = data.preprocess
     bands = [[band, f"{m:.4g}", f"{s:.4g}"] for band, m, s in zip(prep.bands, prep.mean, prep.std, strict=True)]
-    console.print(table("bands (training images)", ["band", "mean", "std"], bands))
+    console.print(table(f"normalisation (of pixel values divided by {prep.scale:g})", ["band", "mean", "std"], bands))
     frozen = "nothing is frozen" if job.task.frozen is None else f"{job.task.frozen.parameters:,} parameters are frozen"
     pretrained = recipe.model.pretrained
     if isinstance(pretrained, bool):
@@ -323,6 +333,8 @@ def _print_start(console: Console, job: _Job) -> None:
         f"model: {recipe.model.name}, {start}, {job.parameters:,} parameters, {job.macs / 1e9:.3g} GMACs at "
         f"{height}x{width}, {job.speed:.1f} training images/s measured here; {frozen}"
     )
+    for line in job.loaded:
+        console.print(f"  {line}")
     passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
     console.print(f"estimated training time: {duration(passes / job.speed)}")
 

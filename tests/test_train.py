@@ -119,7 +119,9 @@ def test_resume_of_another_recipe_names_the_difference(finished_run, quick_recip
 def test_frozen_backbone_stands_still(quick_recipe, tmp_path):
     overrides = ["train.freeze=backbone", "train.epochs=1"]
     run = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "frozen", quiet=True)
-    start = train.build_model(run.recipe.model, num_classes=3, in_chans=3)  # another random start: compare statistics
+    start = train.build_model(
+        run.recipe.model, num_classes=3, bands=("red", "green", "blue")
+    )  # other weights, same statistics
     trained = load_file(run.weights_file)
     for key, value in start.state_dict().items():
         if "running_" in key or "num_batches" in key:
@@ -190,3 +192,40 @@ def test_two_processes_train_one_run(quick_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == 1
     assert r2kit.Run.open(tmp_path / "run").info["state"] == "finished"
+
+
+def test_weights_of_another_run_bring_their_normalisation(finished_run, quick_recipe, tmp_path, capsys):
+    overrides = [f"model.pretrained={finished_run.path}", "train.epochs=1", "seed=9"]
+    run = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"weights of {finished_run.path}" in said
+    assert "normalisation: that of the weights" in said
+    assert run.preprocess.mean == pytest.approx(finished_run.preprocess.mean)
+
+
+def test_weights_for_other_bands_keep_the_normalisation_of_the_images(finished_run):
+    from dataclasses import replace
+
+    from r2kit.models import fit_preprocess
+
+    model = r2kit.create_model("test_resnet", pretrained=finished_run.path, num_classes=3, in_chans=5)
+    five = replace(finished_run.preprocess, bands=("a", "b", "c", "d", "e"), mean=(0.5,) * 5, std=(0.2,) * 5)
+    kept, line = fit_preprocess(five, model.load_report)
+    assert kept == five
+    assert "other bands" in line
+    assert fit_preprocess(five, None) == (five, None)
+
+
+def test_published_weights_without_a_network_are_one_line(quick_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ModelError, match=r"model\.pretrained") as caught:
+        r2kit.finetune(
+            quick_recipe,
+            overrides=["model.pretrained=true", "model.name=res2net50d"],
+            out=tmp_path / "run",
+            quiet=True,
+        )
+    assert len(str(caught.value).splitlines()) == 1
+    assert "model.pretrained=" in str(caught.value)
+    assert not (tmp_path / "run").exists()
