@@ -1,0 +1,216 @@
+"""The report: self-contained, escaped, true to the stored files, and fit for a phone."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_images
+
+import r2kit
+from r2kit import report, result
+from r2kit.errors import DataError, RunError
+from r2kit.report import write_report
+from r2kit.run import Run, write_atomic
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "<img src=x onerror=alert(1)>\"'&{{ 7*7 }}$\\frac{"
+LONG = "a_very_long_class_name_without_any_place_to_break_it" * 2
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside style."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open, self.skip = [], "", [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "source", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # every tag is closed, in order
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data.replace("\u00a0", " ")
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def written(finished_run):
+    return finished_run.report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def odd_run(quick_recipe, tmp_path_factory):
+    """A run whose classes have the names that a stranger could give them."""
+    folder = make_images(tmp_path_factory.mktemp("odd") / "tiles", 12)
+    (folder / "sand").rename(folder / EVIL)
+    (folder / "water").rename(folder / LONG)
+    recipe = {**quick_recipe, "data": {**quick_recipe["data"], "root": str(folder)}}
+    recipe["train"] = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 8, "lr": 1e-6}  # untrained: mistakes to show
+    return r2kit.finetune(recipe, out=tmp_path_factory.mktemp("runs") / "odd", quiet=True)
+
+
+def test_the_page_is_self_contained(written):
+    page = Page(written)
+    assert page.open == []
+    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "srcset", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name][:80])
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in written
+    assert "http" not in re.sub(r'http-equiv="', "", page.text)
+    assert any(a.get("http-equiv") == "Content-Security-Policy" for t, a in page.tags if t == "meta")
+    assert len(written) < 3_000_000
+
+
+def test_every_picture_has_words_and_every_chart_a_dark_form(written):
+    tags = Page(written).tags
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    assert all(attributes["alt"] for attributes in images)
+    charts = [attributes for tag, attributes in tags if tag == "source"]
+    assert len(charts) >= 4
+    assert all("screen and (prefers-color-scheme: dark)" in attributes["media"] for attributes in charts)
+    anchors = {attributes["href"][1:] for tag, attributes in tags if tag == "a"}
+    assert anchors == {attributes["id"] for tag, attributes in tags if tag == "section"}
+
+
+def test_the_numbers_on_the_page_are_the_stored_ones(finished_run, written):
+    figures = json.loads(finished_run.metrics_json.read_text())
+    text = " ".join(Page(written).text.split())
+    assert result.headline(figures) in text
+    assert result.verdict(figures) in text
+    for row in figures["per_class"]:
+        assert result.percent(row["recall"]["value"]) in text
+    info = finished_run.info
+    assert f"{info['model']['parameters']:,}".replace(",", "\u2009") in Page(written).text
+    assert info["data"]["fingerprint"] in text
+    assert f"torch {info['versions']['torch']}" in text
+    assert f"Seed {finished_run.recipe.seed}" in text
+    assert f"weights of epoch {info['best_epoch'] + 1} were kept" in text
+
+
+def test_the_plots_are_kept_as_files(finished_run):
+    names = {file.stem for file in finished_run.plots.iterdir()}
+    assert {"batch", "confusion", "curves", "predictions", "recall", "reliability"} <= names
+
+
+def test_text_from_strangers_is_escaped(odd_run):
+    text = odd_run.report.read_text(encoding="utf-8")
+    assert EVIL not in text
+    assert "<img src=x" not in text
+    page = Page(text)
+    assert page.open == []
+    assert EVIL in page.text
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert any(EVIL in attributes.get("alt", "") for tag, attributes in page.tags if tag == "img")
+
+
+def test_a_run_without_a_result_is_refused(run):
+    run.metrics_json.unlink()
+    with pytest.raises(RunError, match=r"has no result yet; run r2kit evaluate"):
+        write_report(run)
+    run.metrics_json.write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        write_report(run)
+
+
+def test_figures_that_are_not_those_of_the_predictions_are_refused(run):
+    table = pd.read_parquet(run.predictions("test"))
+    table.iloc[:-1].to_parquet(run.predictions("test"))
+    with pytest.raises(RunError, match="do not agree; run r2kit evaluate"):
+        write_report(run)
+    run.predictions("test").unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        write_report(run)
+
+
+def test_without_the_images_the_page_says_what_is_missing(run, monkeypatch):
+    def gone(self):
+        raise DataError("tiles: no such folder")
+
+    monkeypatch.setattr(Run, "datamodule", gone)
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "tiles: no such folder" in text
+    assert "No Grad-CAM panels" in text
+    assert "What is taken for what" in text
+
+
+def test_without_captum_the_page_says_how_to_get_it(run, monkeypatch):
+    monkeypatch.setattr("r2kit.explain.available", lambda: False)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert 'pip install "r2kit[explain]"' in page.text
+    assert "r2kit report" in page.text
+
+
+def test_grad_cam_panels_come_in_pairs(run):
+    pytest.importorskip("captum", reason="captum (extra explain) is not installed")
+    alts = [attributes["alt"] for tag, attributes in Page(write_report(run).read_text("utf-8")).tags if tag == "img"]
+    evidence = [alt for alt in alts if alt.startswith("evidence for ")]
+    assert 1 <= len(evidence) <= 8
+    assert (run.plots / "gradcam.png").is_file()
+
+
+def test_maps_are_drawn_where_images_have_places(run):
+    table = pd.read_parquet(run.predictions("test"))
+    table["lon"], table["lat"] = np.linspace(0, 40, len(table)), np.linspace(0, 20, len(table))
+    table["group"] = [f"b{i // 2}" for i in range(len(table))]
+    table.to_parquet(run.predictions("test"))
+    figures = {
+        **result.compute(table, run.preprocess.classes, split="test"),
+        "predictions": "predictions_test.parquet",
+    }
+    write_atomic(run.metrics_json, json.dumps(figures))
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Where it is right" in text
+    assert "spatial block" in text
+    assert (run.plots / "block_accuracy.png").is_file()
+
+
+def test_recorded_commands_are_quoted(run):
+    run.write_info(command="/somewhere/bin/r2kit finetune 'my recipe.yaml' seed=4")
+    commands = report._commands(run)
+    assert commands[1].startswith("r2kit finetune 'my recipe.yaml' seed=4")
+    run.write_info(command="pytest 'unbalanced")
+    assert not any(command.startswith("pytest") for command in report._commands(run))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to lay the page out")
+@pytest.mark.parametrize(("width", "theme"), [(380, "light"), (1200, "dark")])
+def test_the_page_fits_its_width_in_a_browser(odd_run, tmp_path, width, theme):
+    page = html.escape(odd_run.report.read_text(encoding="utf-8"))
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        '<!doctype html><meta charset="utf-8">'
+        f'<iframe id="f" width="{width}" height="900" style="color-scheme: {theme}" srcdoc="{page}"></iframe>'
+        "<script>f.onload = () => { const w = f.contentWindow; document.title = ["
+        'w.document.documentElement.scrollWidth, w.matchMedia("(prefers-color-scheme: dark)").matches,'
+        "[...w.document.images].filter(i => !i.complete || !i.naturalWidth).length].join() }</script>",
+        encoding="utf-8",
+    )
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr "
+        f"--dump-dom --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'} "
+        f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}"
+    )
+    done = subprocess.run([CHROMIUM, *flags.split(), f"file://{probe}"], capture_output=True, text=True, timeout=180)
+    assert re.search(r"<title>(.*?)</title>", done.stdout).group(1) == f"{width},{str(theme == 'dark').lower()},0"
+    assert ":CONSOLE" not in done.stderr
