@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ def read_weight_file(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]
         known = ", ".join(sorted({".safetensors", *_PICKLED}))
         raise ModelError(f"{file}: not a weight file by its name; known endings: {known}")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A hint to torch's developers, about files that other programs wrote.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "GLOBAL" in text or "TypedStorage" in text or "REDUCE" in text or "global" in text:
@@ -61,7 +65,10 @@ def read_weight_file(file: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]
                 f"{file}: holds more than tensors and plain values, and opening it would run code from the file: "
                 "save its state dict alone (safetensors, or torch.save(model.state_dict()))"
             ) from error
-        raise ModelError(f"{file}: the weight file is damaged or incomplete: fetch or copy it again") from error
+        raise ModelError(
+            f"{file}: damaged, or a pickle of something else than tensors, which is never opened: fetch or copy it "
+            "again, or save the state dict alone"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
         if "TorchScript" in str(error):
             raise ModelError(

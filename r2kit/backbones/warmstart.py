@@ -72,7 +72,7 @@ def warm_start(
     max_images: int = 512,
     **timm_options: Any,
 ) -> nn.Module:
-    """Build `name` with the converted weights of the ReLU network that it corresponds to.
+    """Build `name` with the converted weights of its ReLU twin.
 
     Args:
         name: ``res2netplus50d`` or ``res2netplus101d``.
@@ -91,9 +91,7 @@ def warm_start(
     """
     source_name = warm_start_source(name)
     if source_name is None:
-        raise ModelError(
-            f"warm start: '{name}' has no network to start from; 'res2netplus50d' and 'res2netplus101d' have"
-        )
+        raise ModelError(f"warm start: '{name}' has no ReLU twin; 'res2netplus50d' and 'res2netplus101d' have")
     if pretrained is False:
         raise ModelError(f"warm start: needs weights of '{source_name}': pretrained=true, or the path of a file")
     source = create_model(

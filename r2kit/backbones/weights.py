@@ -195,7 +195,7 @@ def load_state(
 
     missing = [name for name in wanted if name not in inside and name not in fresh]
     unexpected = [name for name in inside if name not in wanted]
-    unequal = [name for name in inside if name in wanted and inside[name].shape != wanted[name].shape]
+    unequal = [name for name in wanted if name in inside and inside[name].shape != wanted[name].shape]
     fitting = {name: tensor for name, tensor in inside.items() if name in wanted and name not in unequal}
     brought = [name for name in fitting if not name.endswith("num_batches_tracked")]
     if not brought or (strict and (missing or unexpected or unequal)):
