@@ -41,11 +41,14 @@ class BlueMarbleSpec(Spec):
 class DataSpec(Spec):
     """Where the images come from, how large the network sees them, and how they are split."""
 
-    source: Literal["auto", "bluemarble", "folder"] = "auto"
-    """`folder`: one folder per class under `root`. `bluemarble`: the embedded satellite tiles. `auto`: `folder` when
-    `root` is given, else `bluemarble`."""
+    source: Literal["auto", "bluemarble", "folder", "table"] = "auto"
+    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `bluemarble`: the embedded
+    satellite tiles. `auto`: `bluemarble` without `root`, `table` where it ends in .csv or .parquet, else `folder`."""
     root: str | None = None
-    """Folder of the images, relative to the current folder: root/CLASS/image, or root/{train,val,test}/CLASS/image."""
+    """Relative to the current folder. Folder: root/CLASS/image or root/{train,val,test}/CLASS/image. A table: columns
+    path (relative to the table) and label, and where known split, group (what must stay together), lon and lat."""
+    allow_outside: bool = False
+    """Whether a table may name images outside its own folder."""
     image_size: PixelSize | Annotated[tuple[PixelSize, PixelSize], Field(strict=False)] = 224
     """Side of the square image that the network sees, or [height, width], in pixels."""
     resize: Literal["squash", "crop", "pad"] = "squash"
@@ -80,16 +83,22 @@ class DataSpec(Spec):
             )
         if self.source == "folder" and self.root is None:
             raise ValueError("root: source 'folder' needs the folder of the images, e.g. data.root=path/to/tiles")
+        if self.source == "table" and self.root is None:
+            raise ValueError("root: source 'table' needs the CSV or Parquet file, e.g. data.root=path/to/images.csv")
+        if self.allow_outside and self.resolved_source != "table":
+            raise ValueError(f"allow_outside: only tables name paths; source '{self.resolved_source}' cannot honour it")
         if self.source == "bluemarble" and self.root is not None:
             raise ValueError("root: source 'bluemarble' has no root; leave root out, or set data.source=folder")
         return self
 
     @property
-    def resolved_source(self) -> Literal["bluemarble", "folder"]:
-        """The source with `auto` decided."""
+    def resolved_source(self) -> Literal["bluemarble", "folder", "table"]:
+        """The source with `auto` decided, by the name of `root` alone."""
         if self.source != "auto":
             return self.source
-        return "folder" if self.root is not None else "bluemarble"
+        if self.root is None:
+            return "bluemarble"
+        return "table" if self.root.lower().endswith((".csv", ".parquet")) else "folder"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -111,6 +120,9 @@ class ModelSpec(Spec):
 
     name: str = "res2netplus50"
     """Any backbone that `r2kit models` or timm knows."""
+    structure: str | None = None
+    """JSON file with a ScaleNet's channel table, such as `r2kit allocate` writes, relative to the current folder; null
+    for the network's own. It also sets the depth. Only for the scalenet names."""
     pretrained: StrictBool | StrictStr = False
     """true: the published ImageNet weights. A path: a local file of weights or a run folder. false: random weights."""
     in_chans_rule: Literal["repeat", "mean", "zero", "random"] = "repeat"
@@ -119,6 +131,20 @@ class ModelSpec(Spec):
     """Dropout before the classifier."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth: largest chance, at the last block, that a residual branch is left out of a training step."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if self.structure is not None and not self.has_channel_table:
+            raise ValueError(
+                f"structure: only a ScaleNet has a channel table, and model.name is '{self.name}'; e.g. "
+                "model.name=scalenet50, or leave structure out"
+            )
+        return self
+
+    @property
+    def has_channel_table(self) -> bool:
+        """Whether the name is a ScaleNet's, whose blocks are given by a channel table."""
+        return self.name.startswith("scalenet")
 
 
 class TrainSpec(Spec):

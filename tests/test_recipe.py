@@ -47,10 +47,8 @@ def test_all_problems_at_once_with_line_and_key(tmp_path):
     found = problems(path, ["train.lrr=3", "model.pretrained=[1]"])
     assert f"{path}:2: data.imag_size: unknown key; did you mean 'data.image_size'?" in found
     assert f"{path}:3: data.val_fraction: got 2 (a whole number), allowed is a number above 0 and below 1" in found
-    assert (
-        f"{path}:4: data.source: got foldr (text), allowed is one of auto, bluemarble, folder; did you mean 'folder'?"
-        in found
-    )
+    allowed = "one of auto, bluemarble, folder, table; did you mean 'folder'?"
+    assert f"{path}:4: data.source: got foldr (text), allowed is {allowed}" in found
     assert f"{path}:6: train.epochs: got yes (text), allowed is a whole number at least 1" in found
     assert f"{path}:7: modell: unknown key; did you mean 'model'?" in found
     assert "command line: train.lrr: unknown key; did you mean 'train.lr'?" in found
@@ -71,6 +69,8 @@ def test_all_problems_at_once_with_line_and_key(tmp_path):
         ("data.image_size=[3, 64]", "command line: data.image_size: got [3, 64] (a list)"),
         ("train.warmup_epochs=10", "command line: train.warmup_epochs: 10 must be less than epochs (10)"),
         ("data.source=folder", "recipe: data.root: source 'folder' needs the folder of the images"),
+        ("data.source=table", "recipe: data.root: source 'table' needs the CSV or Parquet file"),
+        ("data.allow_outside=true", "data.allow_outside: only tables name paths; source 'bluemarble' cannot honour it"),
         ("data.test_fraction=0.8", "data.val_fraction: 0.15 and test_fraction 0.8 leave less than a tenth"),
     ],
 )
@@ -108,6 +108,7 @@ def test_empty_sections_mean_their_defaults(tmp_path):
 
 def test_root_alone_selects_the_folder():
     assert load_recipe({}, ["data.root=tiles"]).data.resolved_source == "folder"
+    assert load_recipe({}, ["data.root=tiles/index.CSV"]).data.resolved_source == "table"
     assert load_recipe({}).data.resolved_source == "bluemarble"
     assert DataSpec(image_size=(32, 48)).size == (32, 48)
 

@@ -62,6 +62,7 @@ class BlueMarble:
     bands: tuple[str, ...] = ("red", "green", "blue")
     scale = 255.0
     nodata: float | None = None
+    contents: pd.DataFrame | None = None
     in_memory = True
     start_method: str | None = None
 

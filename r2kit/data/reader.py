@@ -62,6 +62,10 @@ class ImageInfo:
     """Longitude of the centre in degrees, NaN without georeference."""
     lat: float
     """Latitude of the centre in degrees, NaN without georeference."""
+    crs: str | None = None
+    """Coordinate system of `bounds`, as EPSG:CODE or WKT; None without georeference."""
+    bounds: tuple[float, float, float, float] | None = None
+    """Left, bottom, right, top in units of `crs`; None without georeference."""
 
 
 def read_image(path: str | Path, *, bands: Sequence[str] | None = None) -> np.ndarray:
@@ -101,6 +105,15 @@ def inspect_image(path: str | Path, *, decode: bool = False) -> ImageInfo:
         DataError: As `read_image`.
     """
     return _decode(Path(path), with_pixels=decode)[0]
+
+
+def examine_image(path: str | Path) -> tuple[ImageInfo, np.ndarray]:
+    """Return what `inspect_image` and `read_image` would, from one decoding.
+
+    Raises:
+        DataError: As `read_image`.
+    """
+    return _decode(Path(path), with_pixels=True)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -260,7 +273,7 @@ def _decode_raster(path: Path, driver: str, with_pixels: bool) -> tuple[ImageInf
         names = RGB if palette or is_picture else _band_names(dataset, kept)
         scale = 255.0 if dtype == np.uint8 else (65535.0 if is_picture else 1.0)
         nodata = None if palette else dataset.nodata
-        info = ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset))
+        info = ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset), *_footprint(dataset))
         if not with_pixels:
             return info, np.empty(0)
         pixels = dataset.read([i + 1 for i in kept])  # (C, H, W)
@@ -284,6 +297,17 @@ def _band_names(dataset: Any, kept: list[int]) -> tuple[str, ...]:
     if roles == [ColorInterp.red, ColorInterp.green, ColorInterp.blue]:
         return RGB
     return tuple(f"band{i + 1}" for i in kept)
+
+
+def _footprint(dataset: Any) -> tuple[str | None, tuple[float, float, float, float] | None]:
+    """Coordinate system and bounds (left, bottom, right, top) of a georeferenced raster, None without."""
+    if dataset.crs is None or dataset.transform.is_identity:
+        return None, None
+    # Not dataset.bounds, which is upside down for rasters stored south-up.
+    grid, width, height = dataset.transform, dataset.width, dataset.height
+    xs = [grid.a * x + grid.b * y + grid.c for x in (0, width) for y in (0, height)]
+    ys = [grid.d * x + grid.e * y + grid.f for x in (0, width) for y in (0, height)]
+    return dataset.crs.to_string(), (min(xs), min(ys), max(xs), max(ys))
 
 
 def _centre(dataset: Any) -> tuple[float, float]:

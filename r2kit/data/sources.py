@@ -32,6 +32,10 @@ class Source(Protocol):
     manifest: pd.DataFrame
     """One row per usable image: id (unique str), path (str), label (int), split ('train', 'val', 'test' or None),
     group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
+    contents: pd.DataFrame | None
+    """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
+    pixels), height, width, crs and bounds (left, bottom, right, top in units of crs; None without georeference). None
+    where the images are no files of the user's."""
     skipped: list[tuple[str, str]]
     """(path, reason) of each image that was left out."""
     in_memory: bool
@@ -60,11 +64,16 @@ def open_source(spec: DataSpec) -> Source:
         from r2kit.data.bluemarble import BlueMarble
 
         return BlueMarble(spec.bluemarble)
+    if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
+        raise ValueError(f"data.root is needed for source '{spec.resolved_source}'")
+    root, workers = Path(spec.root), loader_workers(spec.workers)
+    if spec.resolved_source == "table":
+        from r2kit.data.table import ImageTable
+
+        return ImageTable(root, allow_outside=spec.allow_outside, on_bad_file=spec.on_bad_file, workers=workers)
     from r2kit.data.folder import ImageFolder
 
-    if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
-        raise ValueError("data.root is needed for source 'folder'")
-    return ImageFolder(Path(spec.root), on_bad_file=spec.on_bad_file, workers=loader_workers(spec.workers))
+    return ImageFolder(root, on_bad_file=spec.on_bad_file, workers=workers)
 
 
 def loader_workers(workers: int | str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r2kit.data import folder as folder_module
+from r2kit.data import files as files_module
 from r2kit.data.folder import ImageFolder
 from r2kit.errors import DataError
 
@@ -124,8 +124,8 @@ def test_checks_are_remembered_until_a_file_changes(make_folder: MakeFolder, mon
     root = make_folder({"a": 3, "b": 3})
     first = ImageFolder(root)
     checked: list[str] = []
-    check = folder_module._check_file
-    monkeypatch.setattr(folder_module, "_check_file", lambda *args: checked.append(args[1]) or check(*args))
+    check = files_module._check_file
+    monkeypatch.setattr(files_module, "_check_file", lambda *args: checked.append(args[1]) or check(*args))
     again = ImageFolder(root)
     assert checked == []
     assert again.fingerprint == first.fingerprint

@@ -1,0 +1,226 @@
+"""Labelled image files, checked to the last pixel before training starts: what every source of files has in common.
+
+Every file is decoded once, in threads, and what was found is remembered in the cache folder by size and modification
+time: a truncated image stops the run in the first minute instead of the second hour, and the second run starts fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from r2kit.cache import cache_folder
+from r2kit.data.reader import ImageInfo, examine_image, read_image
+from r2kit.data.sources import fingerprint_of
+from r2kit.errors import DataError
+
+_CHECK = 2  # raise when the reader starts to accept, refuse or describe files in another way
+
+
+class ImageFiles:
+    """Labelled image files; a source of them lists what there is and leaves the rest to this class.
+
+    Args:
+        name: What data.root names, for messages.
+        root: Folder that the ids are relative to.
+        listed: One row per image: id (unique), class (name), part (or None), group (or None), lon and lat in degrees
+            (NaN: taken from the file's own georeference).
+        on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
+        workers: Threads that check the files.
+
+    Raises:
+        DataError: If there is one class only, an image cannot be used, or a class has no usable image.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self, name: str, root: Path, listed: pd.DataFrame, *, on_bad_file: Literal["error", "skip"], workers: int
+    ) -> None:
+        self.name = name
+        self.classes: tuple[str, ...] = tuple(sorted(listed["class"].unique()))
+        checks = check_files(name, root, listed["id"].tolist(), workers)
+        listed = listed.merge(checks, on="id", how="left", validate="one_to_one", suffixes=("", "_found"))
+
+        reasons, common = _refused(listed)
+        self.skipped = [(str(root / identity), reason) for identity, reason in reasons.items()]
+        if self.skipped and on_bad_file == "error":
+            raise DataError(_bad_files_message(self.skipped, len(listed)))
+        listed = listed[~listed["id"].isin(reasons)].reset_index(drop=True)
+        for label in self.classes:
+            if not (listed["class"] == label).any():
+                raise DataError(f"{name}: class '{label}' has no usable image, e.g. {self.skipped[0][1]}")
+
+        if common is None:
+            raise DataError(_bad_files_message(self.skipped, len(self.skipped)))
+        self.bands: tuple[str, ...] = common.bands
+        self.scale = common.scale
+        self.nodata = common.nodata
+        place = {axis: listed[axis].fillna(listed[f"{axis}_found"].astype(np.float64)) for axis in ("lon", "lat")}
+        self.manifest = pd.DataFrame(
+            {
+                "id": listed["id"],
+                "path": [str(root / identity) for identity in listed["id"]],
+                "label": listed["class"].map({label: i for i, label in enumerate(self.classes)}).astype(np.int64),
+                "split": listed["part"].astype(object),
+                "group": listed["group"].astype(object),
+                **place,
+            }
+        )
+        self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "height", "width", "crs", "bounds"]]
+        self.fingerprint = fingerprint_of(zip(listed["id"], self.manifest["label"], listed["sha256"], strict=True))
+        self._paths: list[str] = self.manifest["path"].tolist()
+        holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
+        self.start_method = _raster_start_method() if holds_rasters else None
+
+    def read(self, row: int) -> np.ndarray:
+        """Return image `row` as (H, W, C).
+
+        Raises:
+            DataError: If the file has gone or changed since it was checked.
+        """
+        return read_image(self._paths[row], bands=self.bands)
+
+
+def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.DataFrame:
+    """Decode every file, unless the cache remembers it unchanged.
+
+    Args:
+        name: Of the source; one source has one memory.
+        root: The folder.
+        ids: Paths relative to it.
+        workers: Threads.
+
+    Returns:
+        One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), height, width, error (None for a
+        good file), and the fields of `ImageInfo`.
+    """
+    memory = (
+        cache_folder() / "checked" / f"{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:16]}.parquet"
+    )
+    stamps = [_stamp(root / identity) for identity in ids]
+    known = _recall(memory)
+    rows = [known.get((identity, stamp)) for identity, stamp in zip(ids, stamps, strict=True)]
+    fresh = [i for i, row in enumerate(rows) if row is None]
+    if fresh:
+        # Decoders release the interpreter lock, so threads scale; processes would cost seconds to start.
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for i, row in zip(fresh, pool.map(lambda i: _check_file(root, ids[i], stamps[i]), fresh), strict=True):
+                rows[i] = row
+        _remember(memory, pd.DataFrame(rows))
+    return pd.DataFrame(rows).drop(columns=["stamp", "check"])
+
+
+def _refused(listed: pd.DataFrame) -> tuple[dict[str, str], ImageInfo | None]:
+    """Reason for every image that cannot be used, and what all others have in common."""
+    reasons = {i: e for i, e in zip(listed["id"], listed["error"], strict=True) if isinstance(e, str)}
+    good = listed[~listed["id"].isin(reasons)]
+    kinds = list(zip(good["bands"].map(tuple), good["dtype"], good["scale"], strict=True))
+    if not kinds:
+        return reasons, None
+    (bands, dtype, scale), _ = Counter(kinds).most_common(1)[0]
+    nodata = Counter(value for value in good["nodata"].tolist() if value is not None and not np.isnan(value))
+    most = nodata.most_common(1)[0][0] if nodata else None
+    for identity, kind, value in zip(good["id"], kinds, good["nodata"].tolist(), strict=True):
+        if kind != (bands, dtype, scale):
+            reasons[identity] = (
+                f"has {len(kind[0])} band(s) ({', '.join(kind[0])}) of {kind[1]}, most others have {len(bands)} "
+                f"({', '.join(bands)}) of {dtype}"
+            )
+        elif value is not None and not np.isnan(value) and value != most:
+            reasons[identity] = f"declares nodata {value:g}, others {most:g}"
+    reasons |= _contradictory(good)
+    return reasons, ImageInfo(bands, dtype, scale, most, float("nan"), float("nan"))
+
+
+def _contradictory(good: pd.DataFrame) -> dict[str, str]:
+    """Reason for every image whose very pixels also come under another class: nobody can tell which one is right."""
+    classes = good.groupby("pixels")["class"].transform("nunique")
+    reasons = {}
+    for _, same in good[classes > 1].groupby("pixels", sort=False):
+        for identity, name in zip(same["id"], same["class"], strict=True):
+            other = same[same["class"] != name].iloc[0]
+            reasons[identity] = f"is of class '{name}', and {other['id']} with the same pixels of '{other['class']}'"
+    return reasons
+
+
+def _bad_files_message(bad: list[tuple[str, str]], total: int) -> str:
+    """One line for one or many files."""
+    shown = "; ".join(f"{path}: {reason}" for path, reason in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{len(bad)} of {total} images cannot be used: {shown}{more}; mend or remove them, or leave them out with "
+        "data.on_bad_file=skip"
+    )
+
+
+def _stamp(path: Path) -> str:
+    """Size and modification time, by which an unchanged file is known."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
+    """Decode one file and describe it."""
+    path = root / identity
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(ImageInfo)), None)
+    row: dict[str, object] = {"id": identity, "stamp": stamp, "check": _CHECK, "sha256": "", "error": None, **nothing}
+    row |= {"pixels": None, "height": None, "width": None}
+    try:
+        info, pixels = examine_image(path)
+        with path.open("rb") as file:
+            row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    except DataError as error:
+        row["error"] = str(error).removeprefix(f"{path}: ")
+    else:
+        row |= dataclasses.asdict(info)
+        row |= {"pixels": pixel_hash(pixels), "height": pixels.shape[0], "width": pixels.shape[1]}
+    return row
+
+
+def pixel_hash(pixels: np.ndarray) -> str:
+    """Hash of an image's shape, type and pixels: equal for equal pictures in whatever file format."""
+    digest = hashlib.blake2b(f"{pixels.shape} {pixels.dtype.name}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def _recall(memory: Path) -> dict[tuple[str, str], dict[str, object]]:
+    """Rows of earlier checks by (id, stamp); a memory that cannot be read is forgotten."""
+    try:
+        frame = pd.read_parquet(memory)
+        frame = frame[frame["check"] == _CHECK].astype(object).where(lambda f: f.notna(), None)
+        return {(str(row["id"]), str(row["stamp"])): row for row in frame.to_dict("records")}  # type: ignore[misc]
+    except Exception:  # missing, damaged or of another version: the files are simply checked again
+        return {}
+
+
+def _remember(memory: Path, rows: pd.DataFrame) -> None:
+    """Write the checks for the next run; a full or read-only disk costs only time."""
+    draft = memory.with_name(f"{memory.name}.{os.getpid()}.part")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(draft, index=False)
+        os.replace(draft, memory)
+    except OSError:
+        draft.unlink(missing_ok=True)
+
+
+def _raster_start_method() -> str:
+    """Loader processes that read rasters must not be forked: GDAL's locks may be held at that moment."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

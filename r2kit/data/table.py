@@ -1,0 +1,192 @@
+"""Images listed in a CSV or Parquet table, one row each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from r2kit.data.files import ImageFiles
+from r2kit.data.folder import PART_OF_FOLDER
+from r2kit.errors import DataError, did_you_mean
+
+COLUMNS = ("path", "label", "split", "group", "lon", "lat")
+_MEANT = {  # what people write for a column: overlooking it could let a group leak, so it is asked about
+    "path": ("file", "filename", "filepath", "file_path", "image", "image_path", "img"),
+    "label": ("class", "class_name", "category", "target"),
+    "split": ("subset", "part"),
+    "group": ("groups", "group_id"),
+    "lon": ("longitude", "long", "lng"),
+    "lat": ("latitude",),
+}
+
+
+class ImageTable(ImageFiles):
+    """Images of a table with columns path and label, and, where known, split, group, lon and lat; others are not read.
+
+    Args:
+        table: CSV (comma, UTF-8, with a header) or Parquet file. Paths in it are relative to its folder.
+        allow_outside: Accept absolute paths and paths with ``..`` that leave the table's folder, as the text of the
+            path says; links inside the folder are followed in any case.
+        on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
+        workers: Threads that check the files.
+
+    Raises:
+        DataError: If the table cannot be read, lacks a column, or a cell or an image cannot be used.
+    """
+
+    def __init__(
+        self,
+        table: Path,
+        *,
+        allow_outside: bool = False,
+        on_bad_file: Literal["error", "skip"] = "error",
+        workers: int = 1,
+    ) -> None:
+        listed = _list_images(table, allow_outside)
+        names = sorted(listed["class"].unique())
+        if len(names) < 2:
+            raise DataError(f"{table}: only one label, '{names[0]}'; a classifier needs at least two")
+        super().__init__(str(table), table.parent, listed, on_bad_file=on_bad_file, workers=workers)
+
+
+def read_table(path: Path, what: str) -> pd.DataFrame:
+    """Read a CSV or Parquet file, every cell as text, an empty or null one as the empty string.
+
+    Args:
+        path: File whose name ends in .csv or .parquet.
+        what: What it should be, for messages.
+
+    Raises:
+        DataError: If it is missing, of another format, broken, or holds no row.
+    """
+    if not path.is_file():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{did_you_mean(path.name, near)}")
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame = pd.read_parquet(path)
+            frame = pd.DataFrame({str(name): [_text(cell) for cell in frame[name]] for name in frame.columns})
+        elif path.suffix.lower() == ".csv":
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        else:
+            raise DataError(f"{path}: a table is a .csv or .parquet file")
+    except DataError:
+        raise
+    except Exception as error:  # the parsers raise several unrelated classes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as {what}: {reason}") from error
+    if isinstance(frame.index, pd.MultiIndex) or not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(f"{path}: has more cells in a row than columns in its header")
+    if frame.empty:
+        raise DataError(f"{path}: holds no row")
+    frame.columns = [str(name).strip() for name in frame.columns]
+    return frame
+
+
+def _text(cell: object) -> str:
+    """A cell as a CSV would hold it: whole floats without a fraction, nothing for null."""
+    if cell is None or (isinstance(cell, float) and np.isnan(cell)) or cell is pd.NA or cell is pd.NaT:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _list_images(table: Path, allow_outside: bool) -> pd.DataFrame:
+    """Columns id (path relative to the table's folder, or absolute), class, part, group, lon, lat."""
+    frame = read_table(table, "a table of images")
+    _check_columns(table, list(frame.columns))
+    frame = frame[[name for name in COLUMNS if name in frame.columns]].apply(lambda column: column.str.strip())
+    for name in ("path", "label"):
+        _refuse(table, frame, frame[name] == "", f"have no {name}")
+    frame["path"] = [os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/") for path in frame["path"]]
+    outside = frame["path"].map(lambda path: os.path.isabs(path) or path == ".." or path.startswith("../"))
+    if not allow_outside:
+        _refuse(
+            table, frame, outside, "have a path outside the table's folder", "; allow it with data.allow_outside=true"
+        )
+    twice = frame["path"].duplicated(keep=False)
+    if twice.any():
+        first = frame[frame["path"] == frame["path"][twice].iloc[0]]
+        if first["label"].nunique() > 1:
+            labels = " and ".join(first["label"].unique())
+            raise DataError(
+                f"{table}: '{first['path'].iloc[0]}' is listed with the labels {labels}; an image has one label here"
+            )
+        raise DataError(f"{table}: '{first['path'].iloc[0]}' is listed {len(first)} times; list every image once")
+    listed = pd.DataFrame({"id": frame["path"], "class": frame["label"]}).astype(object)
+    listed["part"] = _parts(table, frame)
+    listed["group"] = _optional(frame, "group")
+    for axis, limit in (("lon", 180.0), ("lat", 90.0)):
+        listed[axis] = _degrees(table, frame, axis, limit)
+    one_only = listed["lon"].isna() != listed["lat"].isna()
+    _refuse(table, frame, one_only, "have only one of lon and lat")
+    return listed
+
+
+def _check_columns(table: Path, columns: list[str]) -> None:
+    """Refuse a table without path or label, with a column twice, or with a column that is likely misnamed."""
+    have = ", ".join(columns)
+    meant = {other: name for name, others in _MEANT.items() for other in (*others, name)}
+    for name in COLUMNS:
+        if name in columns:
+            continue
+        alias = next((column for column in columns if meant.get(column.lower()) == name), None)
+        if alias is not None:
+            raise DataError(f"{table}: column '{alias}': rename it to '{name}' if it holds that, else to another name")
+        if name in ("path", "label"):
+            mend = "; separate the columns by commas" if len(columns) == 1 and set(have) & set(";\t|") else ""
+            raise DataError(f"{table}: no column '{name}'; it has {have}{did_you_mean(name, columns)}{mend}")
+    if ("lon" in columns) != ("lat" in columns):
+        raise DataError(f"{table}: has only one of the columns lon and lat; both or none are needed")
+
+
+def _parts(table: Path, frame: pd.DataFrame) -> pd.Series:
+    """The split of every row as train, val or test, None where the table has none."""
+    if "split" not in frame or (frame["split"] == "").all():
+        return pd.Series([None] * len(frame), index=frame.index, dtype=object)
+    _refuse(table, frame, frame["split"] == "", "have no split while others have one")
+    found = frame["split"].str.lower().map(PART_OF_FOLDER)
+    if found.isna().any():
+        wrong = frame["split"][found.isna()].iloc[0]
+        raise DataError(
+            f"{table}: split '{wrong}' is unknown ({found.isna().sum()} row(s)); allowed are train, val and test"
+            f"{did_you_mean(wrong, PART_OF_FOLDER)}"
+        )
+    if not (found == "train").any():
+        raise DataError(f"{table}: no row has the split train; leave the column out to have the images divided")
+    label = frame["label"]
+    untrained = ~label.isin(set(label[found == "train"]))
+    _refuse(table, frame, untrained, "are of a label without a train row")
+    return found.astype(object)
+
+
+def _optional(frame: pd.DataFrame, name: str) -> pd.Series:
+    """A column of text with None for empty cells; all None without the column."""
+    if name not in frame:
+        return pd.Series([None] * len(frame), index=frame.index, dtype=object)
+    return pd.Series([cell or None for cell in frame[name]], index=frame.index, dtype=object)
+
+
+def _degrees(table: Path, frame: pd.DataFrame, axis: str, limit: float) -> pd.Series:
+    """A column of degrees; NaN for empty cells or without the column."""
+    if axis not in frame:
+        return pd.Series(np.nan, index=frame.index)
+    numbers = pd.to_numeric(frame[axis].where(frame[axis] != ""), errors="coerce").astype(np.float64)
+    wrong = (frame[axis] != "") & ~(numbers.abs() <= limit)
+    _refuse(table, frame, wrong, f"have a {axis} that is no number of degrees within {limit:g}", cell=axis)
+    return numbers
+
+
+def _refuse(
+    table: Path, frame: pd.DataFrame, wrong: pd.Series, what: str, mend: str = "", *, cell: str = "path"
+) -> None:
+    """Raise with the number of wrong rows and the first one (counted without the header), if there are any."""
+    if wrong.any():
+        at = int(np.flatnonzero(wrong.to_numpy())[0])
+        came = frame[cell].iloc[at]
+        raise DataError(f"{table}: {int(wrong.sum())} of {len(frame)} rows {what}, first row {at + 1}: '{came}'{mend}")
