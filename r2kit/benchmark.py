@@ -40,7 +40,7 @@ def measure_throughput(
     device = torch.device(device)
     layout = memory_format(channels_last)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        clone = copy.deepcopy(model).to(device=device, memory_format=layout).train(training)
+        clone = copy.deepcopy(model).to(device).to(memory_format=layout).train(training)
         image = torch.randn(batch_size, *image_shape, device=device).contiguous(memory_format=layout)
         seconds = []
         for index in range(warmup + rounds):
