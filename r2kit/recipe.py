@@ -56,9 +56,17 @@ class DataSpec(Spec):
     side resized and the rest filled with the mean colour."""
     limit: Annotated[int, Field(ge=2)] | None = None
     """Use at most this many images, balanced over the classes: for quick tries."""
-    split: Literal["auto", "blocks", "stratified"] = "auto"
-    """`blocks`: whole squares of land are held out. `stratified`: at random within each class. `auto`: the folder's own
-    train/val/test if it has them, else `blocks` where the images have coordinates, else `stratified`."""
+    split: Literal["auto", "blocks", "group", "stratified"] = "auto"
+    """`blocks`: whole squares of land are held out. `group`: whole groups of a table. `stratified`: at random within
+    each class. `auto`: the data's own train, val and test if it has them, else `group` where the images have groups,
+    else `blocks` where they have coordinates, else `stratified`."""
+    split_file: str | None = None
+    """CSV or Parquet file with columns id and split (train, val, test), as `r2kit data split` writes it, instead of
+    making a split; relative to the current folder. Images that it does not name are not used."""
+    folds: Annotated[StrictInt, Field(ge=2)] | None = None
+    """Divide the images into this many folds; `fold` is then the test part, in place of `test_fraction`."""
+    fold: Annotated[StrictInt, Field(ge=0)] = 0
+    """Which of the `folds` is the test part, from 0."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the images held out to choose the best epoch."""
     test_fraction: Fraction = 0.15
@@ -80,6 +88,15 @@ class DataSpec(Spec):
             raise ValueError(
                 f"val_fraction: {self.val_fraction} and test_fraction {self.test_fraction} leave less than a tenth "
                 "of the images for training; together they must stay below 0.9"
+            )
+        if self.split_file is not None and (self.split != "auto" or self.folds is not None):
+            raise ValueError("split_file: the file is the split; leave out split and folds")
+        if self.fold >= (self.folds or 1):
+            allowed = "it needs folds, e.g. data.folds=5" if self.folds is None else f"allowed is 0 to {self.folds - 1}"
+            raise ValueError(f"fold: {self.fold}: {allowed}")
+        if self.folds is not None and self.val_fraction + 1.0 / self.folds >= 0.9:
+            raise ValueError(
+                f"val_fraction: {self.val_fraction} and one of {self.folds} folds leave less than a tenth for training"
             )
         if self.source == "folder" and self.root is None:
             raise ValueError("root: source 'folder' needs the folder of the images, e.g. data.root=path/to/tiles")

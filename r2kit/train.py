@@ -308,7 +308,7 @@ def _print_start(console: Console, job: _Job) -> None:
     versions = installed_versions()
     console.print("  ".join(f"{name} {versions[name]}" for name in ("r2kit", "torch", "lightning", "timm")))
     console.print(f"device: {job.device_name}, precision {job.precision}, seed {recipe.seed}")
-    console.print(f"data: {data.source.name}, split by {data.split.kind}")
+    console.print(f"data: {data.source.name}, split: {data.split.described}")
     for warning in data.split.warnings:
         console.print(f"  note: {warning}")
     for path, reason in data.skipped[:5]:

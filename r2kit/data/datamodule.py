@@ -239,4 +239,4 @@ class DataModule(lightning.LightningDataModule):
             return Split.load(self._split_file, manifest)
         if self._all_test:
             return Split.all_test(manifest)
-        return make_split(manifest, self.source.classes, self.spec, self.seed)
+        return make_split(manifest, self.source.classes, self.spec, self.seed, self.source.contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,13 +10,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from r2kit.errors import DataError
+from r2kit.data.table import read_table
+from r2kit.errors import DataError, did_you_mean
 from r2kit.recipe import DataSpec
 
 PARTS = ("train", "val", "test")
-SplitKind = Literal["folder", "blocks", "stratified", "file", "all"]
-_TAG_SPLIT, _TAG_LIMIT = 1, 2  # keep the random numbers of the two uses of one seed apart
+SplitKind = Literal["own", "blocks", "group", "stratified", "file", "all"]
+_TAG_SPLIT, _TAG_LIMIT, _TAG_FOLDS = 1, 2, 6  # keep the random numbers of the uses of one seed apart
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,41 @@ class Split:
     test: np.ndarray
     """Rows of the manifest, ascending; empty when nothing is held out for a test."""
     kind: SplitKind
-    """How it was made: the folder's own, spatial blocks, stratified, read from a file, or everything in `test`."""
+    """How it was made: the data's own parts, spatial blocks, whole groups, stratified, read from a file, or everything
+    in `test`."""
     buffered: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Rows left out of training because they lie too near to a held-out image."""
     blocks: np.ndarray | None = None
-    """Name of the spatial block of every row of the manifest; None without coordinates."""
+    """Name of the spatial block of every row of the manifest; None without coordinates, or where groups are what was
+    held out together."""
+    folds: np.ndarray | None = None
+    """The fold, from 0, in which each row of the manifest is a test image; None without folds."""
+    fold: int | None = None
+    """The fold that this split tests."""
     warnings: tuple[str, ...] = ()
     """What a person should know before trusting a result on this split."""
 
     def rows(self, part: str) -> np.ndarray:
         """Rows of 'train', 'val' or 'test'."""
         return {"train": self.train, "val": self.val, "test": self.test}[part]
+
+    @property
+    def described(self) -> str:
+        """How it was made, in words."""
+        words = {"own": "the data's own parts", "group": "whole groups", "file": "read from a file", "all": "all test"}
+        fold = "" if self.folds is None else f", fold {self.fold} of 0 to {self.folds.max()}"
+        return f"{words.get(self.kind, self.kind)}{fold}"
+
+    def table(self, manifest: pd.DataFrame) -> pd.DataFrame:
+        """Return `to_frame` with what a person wants to see too: path, and fold and group where there are any."""
+        frame = self.to_frame(manifest)
+        row = pd.Series(np.arange(len(manifest)), index=manifest["id"].to_numpy())[frame["id"]].to_numpy()
+        frame.insert(1, "path", manifest["path"].to_numpy()[row])
+        if self.folds is not None:
+            frame["fold"] = self.folds[row]
+        if manifest["group"].notna().any():
+            frame["group"] = manifest["group"].to_numpy()[row]
+        return frame.dropna(axis=1, how="all")
 
     def to_frame(self, manifest: pd.DataFrame) -> pd.DataFrame:
         """Return columns id, split ('train', 'val', 'test') and block (None without coordinates) of the used rows."""
@@ -55,19 +82,24 @@ class Split:
 
     @classmethod
     def load(cls, path: Path, manifest: pd.DataFrame) -> Split:
-        """Read what `save` wrote and find its images in a manifest.
+        """Read what `save` wrote, or any table like it, and find its images in a manifest.
 
         Args:
-            path: Parquet file with columns id, split and block.
+            path: CSV or Parquet file with columns id, split and, if it has one, block; others are not read.
             manifest: Where the ids are looked up.
 
         Raises:
-            DataError: If the file cannot be read, a split has an unknown name, or an id is not in the manifest.
+            DataError: If the file cannot be read, lacks a column, a split has an unknown name, or an id is not in the
+                manifest.
         """
-        try:
-            frame = pd.read_parquet(path, columns=["id", "split", "block"])
-        except Exception as error:  # pyarrow raises several unrelated classes
-            raise DataError(f"{path}: cannot be read as a split: {str(error).splitlines()[0]}") from error
+        frame = read_table(path, "a split")
+        for name in ("id", "split"):
+            if name not in frame:
+                have = ", ".join(frame.columns)
+                raise DataError(f"{path}: no column '{name}'; it has {have}{did_you_mean(name, frame.columns)}")
+        if "block" not in frame:
+            frame["block"] = ""
+        frame = frame.assign(block=frame["block"].astype(object).where(frame["block"] != "", None))
         unknown = sorted(set(frame["split"]) - set(PARTS))
         if unknown:
             raise DataError(f"{path}: split '{unknown[0]}' is unknown; allowed are train, val and test")
@@ -95,68 +127,67 @@ class Split:
         return cls(nothing, nothing, np.arange(len(manifest)), kind="all")
 
 
-def make_split(manifest: pd.DataFrame, classes: tuple[str, ...], spec: DataSpec, seed: int) -> Split:
+def make_split(
+    manifest: pd.DataFrame,
+    classes: tuple[str, ...],
+    spec: DataSpec,
+    seed: int,
+    contents: pd.DataFrame | None = None,
+) -> Split:
     """Divide the images as the recipe asks; a pure function of the arguments.
 
     Args:
-        manifest: Columns id, label, split, lon, lat (see `r2kit.data.sources.Source`).
+        manifest: Columns id, label, split, group, lon, lat (see `r2kit.data.sources.Source`).
         classes: Class names; the labels are positions in it.
         spec: The `data` part of a recipe.
         seed: The recipe's seed.
+        contents: Column pixels, if known: images with the same pixels stay together in a stratified split.
 
     Raises:
         DataError: If a class cannot be in both training and validation, or the images lack what the split needs.
     """
-    own_parts = manifest["split"].notna().any()
-    located = manifest[["lon", "lat"]].notna().all(axis=1)
-    kind: SplitKind
-    if spec.split == "auto":
-        kind = "folder" if own_parts else ("blocks" if len(manifest) and located.all() else "stratified")
-    else:
-        kind = spec.split
-    if kind == "blocks" and not located.all():
-        raise DataError(
-            f"data.split=blocks needs coordinates, and {(~located).sum()} of {len(manifest)} images have none, e.g. "
-            f"{manifest['path'][~located].iloc[0]}; use georeferenced files or data.split=stratified"
-        )
-
-    blocks = block_names(manifest, spec.block_degrees) if located.all() else None
-    part = np.full(len(manifest), None, dtype=object)
+    label = manifest["label"].to_numpy()
+    kind = _kind(manifest, spec)
+    located = bool(len(manifest)) and bool(manifest[["lon", "lat"]].notna().all(axis=None))
+    blocks = block_names(manifest, spec.block_degrees) if located and kind != "group" else None
+    folds: np.ndarray | None = None
     notes: list[str] = []
-    if kind == "folder":
-        part[:] = manifest["split"].to_numpy(dtype=object)
+    if kind == "file":
+        read = Split.load(Path(spec.split_file or ""), manifest)
+        part = np.full(len(manifest), None, dtype=object)
+        for name in PARTS:
+            part[read.rows(name)] = name
+        blocks = read.blocks
+        if unused := int(pd.isna(part).sum()):
+            notes.append(f"{unused} of {len(manifest)} images are not in {spec.split_file} and are not used")
+        if not len(read.test):
+            notes.append(f"{spec.split_file} has no test part; results are on the validation images")
+    elif kind == "own":
+        part = manifest["split"].to_numpy(dtype=object).copy()
         if not (part == "val").any():
             inside = np.flatnonzero(part == "train")
-            part[inside] = _divide(manifest.iloc[inside], classes, spec, seed, blocks, inside, val_only=True)
-            notes.append("the folder has no val part; validation images were taken from its train part")
+            units = group_names(manifest) if manifest["group"].notna().any() else blocks
+            part[inside] = _divide(manifest, classes, spec, {"val": spec.val_fraction}, seed, units, contents, inside)
+            notes.append("the data has no val part of its own; validation images were taken from its train part")
         if not (part == "test").any():
-            notes.append("the folder has no test part; results are on the validation images")
+            notes.append("the data has no test part of its own; results are on the validation images")
     else:
-        part[:] = _divide(
-            manifest,
-            classes,
-            spec,
-            seed,
-            blocks if kind == "blocks" else None,
-            np.arange(len(manifest)),
-            val_only=False,
-        )
-        if spec.test_fraction == 0:
-            notes.append("data.test_fraction is 0: results are on the validation images, which also chose the epoch")
-    label = manifest["label"].to_numpy()
-    absent = {p: [classes[c] for c in _absent(label[part == p], len(classes))] for p in ("train", "val")}
-    for name in ("train", "val"):
-        if absent[name] and kind != "blocks":
-            raise DataError(
-                f"class '{absent[name][0]}' has no {'training' if name == 'train' else 'validation'} image; every "
-                "class needs at least one for training and one for validation"
-            )
-    if kind == "blocks":
-        for name, title in (("train", "training"), ("val", "validation"), ("test", "test")):
-            missing = _absent(label[part == name], len(classes)) if (part == name).any() else []
-            if missing:
-                names = ", ".join(classes[c] for c in missing)
-                notes.append(f"no {title} image of {names}: too few spatial blocks of it; try a smaller block_degrees")
+        units = {"blocks": blocks, "group": group_names(manifest), "stratified": None}[kind]
+        everything = np.arange(len(manifest))
+        if spec.folds is None:
+            fractions = {"val": spec.val_fraction, "test": spec.test_fraction}
+            part = _divide(manifest, classes, spec, fractions, seed, units, contents, everything)
+            if spec.test_fraction == 0:
+                notes.append(
+                    "data.test_fraction is 0: results are on the validation images, which also chose the epoch"
+                )
+        else:
+            folds = _folds(label, classes, units, spec.folds, seed, contents)
+            part = np.full(len(manifest), "test", dtype=object)
+            rest = everything[folds != spec.fold]
+            of_rest = {"val": spec.val_fraction * len(label) / max(len(rest), 1)}
+            part[rest] = _divide(manifest, classes, spec, of_rest, seed, units, contents, rest)
+    _check_classes(part, label, classes, kind, notes)
 
     buffered = np.empty(0, dtype=np.int64)
     if kind == "blocks" and spec.buffer_degrees > 0:
@@ -170,7 +201,62 @@ def make_split(manifest: pd.DataFrame, classes: tuple[str, ...], spec: DataSpec,
     if spec.limit is not None:
         part = _limited(part, label, len(classes), spec.limit, seed)
     train, val, test = (np.flatnonzero(part == name) for name in PARTS)
-    return Split(train, val, test, kind, buffered, blocks, tuple(notes))
+    fold = None if folds is None else spec.fold
+    return Split(train, val, test, kind, buffered, blocks, folds, fold, tuple(notes))
+
+
+def _kind(manifest: pd.DataFrame, spec: DataSpec) -> SplitKind:
+    """Decide `auto`, and refuse a split for which the images lack something."""
+    if spec.split_file is not None:
+        return "file"
+    located = manifest[["lon", "lat"]].notna().all(axis=1)
+    grouped = bool(manifest["group"].notna().any())
+    kind: SplitKind
+    if spec.split != "auto":
+        kind = spec.split
+    elif manifest["split"].notna().any():
+        kind = "own"
+        if spec.folds is not None:
+            raise DataError(
+                "data.folds: the data has its own train, val and test; to divide it anew, set data.split to group, "
+                "blocks or stratified"
+            )
+    elif grouped:
+        kind = "group"
+    else:
+        kind = "blocks" if len(manifest) and located.all() else "stratified"
+    if kind == "blocks" and not located.all():
+        raise DataError(
+            f"data.split=blocks needs coordinates, and {(~located).sum()} of {len(manifest)} images have none, e.g. "
+            f"{manifest['path'][~located].iloc[0]}; use georeferenced files or data.split=stratified"
+        )
+    if kind == "group" and not grouped:
+        raise DataError(
+            "data.split=group needs a table with a column group, and no image has a group; add the column, or use "
+            "data.split=stratified"
+        )
+    return kind
+
+
+def _check_classes(
+    part: np.ndarray, label: np.ndarray, classes: tuple[str, ...], kind: SplitKind, notes: list[str]
+) -> None:
+    """Refuse parts that lack a class; where whole blocks or groups are held out that may happen, and is noted."""
+    titles = {"train": "training", "val": "validation", "test": "test"}
+    for name, title in titles.items():
+        absent = _absent(label[part == name], len(classes))
+        if not absent or (name == "test" and not (part == "test").any()):
+            continue
+        if kind not in ("blocks", "group"):
+            if name == "test":
+                continue  # a test on some of the classes is a person's own choice
+            raise DataError(
+                f"class '{classes[absent[0]]}' has no {title} image; every class needs at least one for training and "
+                "one for validation"
+            )
+        names = ", ".join(classes[c] for c in absent)
+        few = "spatial blocks of it; try a smaller block_degrees" if kind == "blocks" else "groups of it"
+        notes.append(f"no {title} image of {names}: too few {few}")
 
 
 def block_names(manifest: pd.DataFrame, degrees: float) -> np.ndarray:
@@ -185,32 +271,92 @@ def block_names(manifest: pd.DataFrame, degrees: float) -> np.ndarray:
     return np.array([f"lat{a:+.6g}_lon{o:+.6g}" for a, o in zip(lat, lon, strict=True)], dtype=object)
 
 
+def group_names(manifest: pd.DataFrame) -> np.ndarray:
+    """Name what must stay together: the group of an image, or the image itself where it has none.
+
+    Args:
+        manifest: Columns id, group.
+    """
+    # The letter keeps a group apart from an image whose id is the group's name.
+    alone = "i" + manifest["id"].astype(str)
+    return alone.where(manifest["group"].isna(), "g" + manifest["group"].astype(str)).to_numpy(dtype=object)
+
+
+def _folds(
+    label: np.ndarray,
+    classes: tuple[str, ...],
+    units: np.ndarray | None,
+    folds: int,
+    seed: int,
+    contents: pd.DataFrame | None,
+) -> np.ndarray:
+    """Fold of every image: scikit-learn's stratified folds, over whole units where there are any."""
+    state = int(np.random.SeedSequence([seed, _TAG_FOLDS]).generate_state(1)[0])
+    first, same = _distinct(contents, np.arange(len(label)))
+    if units is None:
+        counts = np.bincount(label[first], minlength=len(classes))
+        few, count = f"class '{classes[counts.argmin()]}' has {counts.min()} image(s)", int(counts.min())
+    else:
+        count = len(np.unique(units.astype(str)))
+        few = f"the images lie in {count} group(s) or block(s)"
+    if count < folds:
+        raise DataError(
+            f"data.folds={folds}: {few}, and each fold needs at least one; use at most {max(count, 2)} folds"
+        )
+    fold = np.full(len(label), -1, dtype=np.int64)
+    with warnings.catch_warnings():
+        # A class in fewer units than folds; `_check_classes` says so in the words of this split.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        if units is None:
+            parts = StratifiedKFold(folds, shuffle=True, random_state=state).split(label[first], label[first])
+            for number, (_, held_out) in enumerate(parts):
+                fold[first[held_out]] = number
+            return fold[first][same]
+        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=state).split(label, label, units.astype(str))
+        for number, (_, held_out) in enumerate(parts):
+            fold[held_out] = number
+    if empty := sorted(set(range(folds)) - set(fold.tolist())):
+        raise DataError(f"data.folds={folds}: fold {empty[0]} is empty: groups or blocks are too unequal; use fewer")
+    return fold
+
+
+def _distinct(contents: pd.DataFrame | None, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First of the images with the same pixels, ascending, and which of these each image equals; as positions."""
+    if contents is None:
+        return np.arange(len(rows)), np.arange(len(rows))
+    same, _ = pd.factorize(contents["pixels"].iloc[rows])
+    return np.unique(same, return_index=True)[1], same
+
+
 def _divide(
     manifest: pd.DataFrame,
     classes: tuple[str, ...],
     spec: DataSpec,
+    held_out: dict[str, float],
     seed: int,
-    blocks: np.ndarray | None,
+    units: np.ndarray | None,
+    contents: pd.DataFrame | None,
     rows: np.ndarray,
-    val_only: bool,
 ) -> np.ndarray:
-    """Give each row of `manifest` (rows `rows` of the whole) a part: by blocks if given, else within each class."""
+    """Give each of `rows` of the manifest a part: whole units (blocks or groups) if given, else within each class."""
     rng = np.random.default_rng([seed, _TAG_SPLIT])
-    fractions = {"val": spec.val_fraction, "test": 0.0 if val_only else spec.test_fraction}
-    fractions = {"train": 1.0 - sum(fractions.values()), **{k: v for k, v in fractions.items() if v > 0}}
-    label = manifest["label"].to_numpy()
-    if blocks is None:
-        return _stratified(label, classes, fractions, rng)
-    names, block = np.unique(blocks[rows].astype(str), return_inverse=True)
+    fractions = {"train": 1.0 - sum(held_out.values()), **{k: v for k, v in held_out.items() if v > 0}}
+    label = manifest["label"].to_numpy()[rows]
+    if units is None:
+        first, same = _distinct(contents, rows)
+        return _stratified(label[first], classes, fractions, rng)[same]
+    names, unit = np.unique(units[rows].astype(str), return_inverse=True)
     if len(names) < len(fractions):
-        extent = max(np.ptp(manifest["lon"]), np.ptp(manifest["lat"]))
-        mend = f"data.block_degrees={extent / 8:.2g} or " if extent > 0 else ""
-        raise DataError(
-            f"the images lie in {len(names)} spatial block(s) of {spec.block_degrees:g} degrees, and "
-            f"{len(fractions)} parts need at least one each; set {mend}data.split=stratified"
-        )
+        where = manifest.iloc[rows]
+        if manifest["group"].notna().any():
+            came, mend = f"are of {len(names)} group(s)", "name more groups"
+        else:
+            came = f"lie in {len(names)} spatial block(s) of {spec.block_degrees:g} degrees"
+            extent = max(np.ptp(where["lon"]), np.ptp(where["lat"]))
+            mend = (f"set data.block_degrees={extent / 8:.2g} or " if extent > 0 else "set ") + "data.split=stratified"
+        raise DataError(f"the images {came}, and {len(fractions)} parts need at least one each; {mend}")
     return np.array(list(fractions), dtype=object)[
-        _by_blocks(label, len(classes), block, list(fractions.values()), rng)[block]
+        _by_units(label, len(classes), unit, list(fractions.values()), rng)[unit]
     ]
 
 
@@ -237,28 +383,28 @@ def _stratified(
     return part
 
 
-def _by_blocks(
-    label: np.ndarray, num_classes: int, block: np.ndarray, fractions: list[float], rng: np.random.Generator
+def _by_units(
+    label: np.ndarray, num_classes: int, unit: np.ndarray, fractions: list[float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Choose a part for each block so that every class comes near to its fraction in every part.
+    """Choose a part for each unit (block or group) so that every class comes near to its fraction in every part.
 
-    Greedy, in the manner of scikit-learn's StratifiedGroupKFold but for parts of unequal size: blocks that hold much
+    Greedy, in the manner of scikit-learn's StratifiedGroupKFold but for parts of unequal size: units that hold much
     of a class first; each goes where the sum over classes of (share - fraction)^2 / fraction falls most. Then a class
-    that a later part lacks gets the smallest block that the first part can spare.
+    that a later part lacks gets the smallest unit that the first part can spare.
 
     Args:
         label: (N,) class of each image.
         num_classes: K.
-        block: (N,) number of each image's block.
+        unit: (N,) number of each image's unit.
         fractions: Wanted share of each part; training first.
-        rng: Source of the order among similar blocks.
+        rng: Source of the order among similar units.
 
     Returns:
-        (blocks,) number of the part.
+        (units,) number of the part.
     """
-    counts = np.zeros((block.max() + 1, num_classes))
-    np.add.at(counts, (block, label), 1.0)
-    shares = counts / np.maximum(counts.sum(axis=0), 1.0)  # (blocks, K): of all images of the class
+    counts = np.zeros((unit.max() + 1, num_classes))
+    np.add.at(counts, (unit, label), 1.0)
+    shares = counts / np.maximum(counts.sum(axis=0), 1.0)  # (units, K): of all images of the class
     size_order = np.floor(-np.log2(shares.max(axis=1)))
     shuffled = rng.permutation(len(counts))
     wanted = np.asarray(fractions)[:, None]  # (parts, 1)
@@ -273,7 +419,7 @@ def _by_blocks(
             if counts[part == lacking, value].sum() > 0:
                 continue
             donors = np.flatnonzero((part == 0) & (counts[:, value] > 0))
-            # Not a block whose loss would take another class out of training.
+            # Not a unit whose loss would take another class out of training.
             spare = [b for b in donors if (counts[part == 0].sum(axis=0) - counts[b])[counts[b] > 0].min() > 0]
             if spare:
                 part[min(spare, key=lambda b: counts[b].sum())] = lacking

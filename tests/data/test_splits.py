@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 
 from r2kit.data.bluemarble import BlueMarble
-from r2kit.data.splits import PARTS, Split, block_names, make_split
+from r2kit.data.splits import PARTS, Split, block_names, group_names, make_split
 from r2kit.errors import DataError
 from r2kit.recipe import DataSpec
 
 CLASSES = ("a", "b", "c")
 
 
-def manifest(labels: np.ndarray, lon=None, lat=None, split=None) -> pd.DataFrame:
+def manifest(labels: np.ndarray, lon=None, lat=None, split=None, group=None) -> pd.DataFrame:
     labels = np.asarray(labels)
     nan = np.full(len(labels), np.nan)
     return pd.DataFrame(
@@ -21,7 +21,7 @@ def manifest(labels: np.ndarray, lon=None, lat=None, split=None) -> pd.DataFrame
             "path": [f"/x/i{i:05d}.png" for i in range(len(labels))],
             "label": labels,
             "split": pd.Series([None] * len(labels) if split is None else split, dtype=object),
-            "group": None,
+            "group": pd.Series([None] * len(labels) if group is None else group, dtype=object),
             "lon": nan if lon is None else lon,
             "lat": nan if lat is None else lat,
         }
@@ -180,7 +180,7 @@ def test_own_parts_are_kept() -> None:
     own = ["train", "train", "val", "test"] * 6
     frame = manifest(np.repeat([0, 1, 2], 8), split=own)
     split = make_split(frame, CLASSES, DataSpec(), seed=0)
-    assert split.kind == "folder"
+    assert split.kind == "own"
     assert parts_of(split, 24).tolist() == own
     assert split.warnings == ()
 
@@ -196,7 +196,7 @@ def test_missing_validation_is_taken_from_training_only() -> None:
 def test_own_parts_without_test_say_so() -> None:
     frame = manifest(np.repeat([0, 1, 2], 4), split=["train", "train", "val", "val"] * 3)
     assert make_split(frame, CLASSES, DataSpec(), seed=0).warnings == (
-        "the folder has no test part; results are on the validation images",
+        "the data has no test part of its own; results are on the validation images",
     )
 
 
@@ -204,6 +204,99 @@ def test_own_parts_lacking_a_class_are_refused() -> None:
     frame = manifest([0, 1, 2, 0, 1], split=["train", "train", "train", "val", "val"])
     with pytest.raises(DataError, match="class 'c' has no validation image"):
         make_split(frame, CLASSES, DataSpec(), seed=0)
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+def grouped(count: int = 600, groups: int = 40, seed: int = 0, **columns) -> pd.DataFrame:
+    """Images of unequal groups; every tenth image has none."""
+    rng = np.random.default_rng(seed)
+    group = [None if i % 10 == 0 else f"flight{g}" for i, g in enumerate((rng.random(count) ** 2 * groups).astype(int))]
+    return manifest(rng.integers(0, 3, count), group=group, **columns)
+
+
+def test_auto_never_lets_a_group_into_two_parts() -> None:
+    lon = np.linspace(-100, 100, 600)
+    for frame in (grouped(), grouped(lon=lon, lat=lon / 2)):
+        for seed in range(3):
+            split = make_split(frame, CLASSES, DataSpec(), seed=seed)
+            assert (split.kind, split.blocks, split.warnings) == ("group", None, ())
+            part = pd.Series(parts_of(split, len(frame)))
+            assert (part.groupby(frame["group"]).nunique() == 1).all()
+            for label in range(3):
+                share = [(part[frame["label"] == label] == name).mean() for name in PARTS]
+                np.testing.assert_allclose(share, [0.7, 0.15, 0.15], atol=0.05)
+
+
+def test_an_image_without_a_group_is_its_own() -> None:
+    frame = manifest([0, 0, 1], group=["i00001", None, "i00001"])
+    assert len(set(group_names(frame))) == 2
+
+
+def test_groups_that_cannot_be_split() -> None:
+    with pytest.raises(DataError, match=r"data\.split=group needs a table with a column group"):
+        make_split(world(50), CLASSES, DataSpec(split="group"), seed=0)
+    frame = manifest([0, 1, 2] * 4, group=["a"] * 6 + ["b"] * 6)
+    with pytest.raises(DataError, match=r"the images are of 2 group\(s\), and 3 parts need .*; name more groups"):
+        make_split(frame, CLASSES, DataSpec(), seed=0)
+    frame = manifest([0] * 9 + [1] * 9 + [2] * 2, group=[f"g{i // 3}" for i in range(18)] + ["rare"] * 2)
+    split = make_split(frame, CLASSES, DataSpec(), seed=0)
+    assert any("image of c: too few groups of it" in note for note in split.warnings)
+
+
+def test_validation_taken_from_own_training_keeps_groups_whole() -> None:
+    frame = grouped()
+    frame["split"] = ["test" if str(g) in ("flight0", "flight1", "flight2") else "train" for g in frame["group"]]
+    split = make_split(frame, CLASSES, DataSpec(), seed=0)
+    part = pd.Series(parts_of(split, len(frame)))
+    assert split.kind == "own"
+    assert (part.groupby(frame["group"]).nunique() == 1).all()
+
+
+def test_images_with_the_same_pixels_stay_together_in_a_stratified_split() -> None:
+    frame = manifest(np.repeat([0, 1, 2], 60))
+    contents = pd.DataFrame({"pixels": [f"p{i // 4}" for i in range(180)]})
+    for spec in (DataSpec(), DataSpec(folds=3)):
+        part = pd.Series(parts_of(make_split(frame, CLASSES, spec, seed=0, contents=contents), 180))
+        assert (part.groupby(contents["pixels"]).nunique() == 1).all()
+    alone = make_split(frame, CLASSES, DataSpec(), 0, pd.DataFrame({"pixels": [f"p{i}" for i in range(180)]}))
+    np.testing.assert_array_equal(alone.train, make_split(frame, CLASSES, DataSpec(), 0).train)
+
+
+# Folds ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["stratified", "group", "blocks"])
+def test_every_image_is_tested_once_over_the_folds(kind: str) -> None:
+    frame = grouped() if kind == "group" else world(600)
+    if kind == "stratified":
+        frame[["lon", "lat"]] = np.nan
+    tested = np.zeros(len(frame), dtype=int)
+    for fold in range(4):
+        split = make_split(frame, CLASSES, DataSpec(folds=4, fold=fold), seed=0)
+        assert split.kind == kind
+        part = parts_of(split, len(frame))
+        assert (part != "").all()
+        tested[split.test] += 1
+        np.testing.assert_array_equal(np.flatnonzero(split.folds == fold), split.test)
+        assert 0.15 < (part == "test").mean() < 0.35
+        assert 0.10 < (part == "val").mean() < 0.20
+        units = {"group": group_names(frame), "blocks": split.blocks}.get(kind)
+        if units is not None:
+            assert (pd.Series(part).groupby(units).nunique() == 1).all()
+        assert split.described.endswith(f", fold {fold} of 0 to 3")
+    assert (tested == 1).all()
+
+
+def test_folds_that_cannot_be_made() -> None:
+    for frame, message in (
+        (manifest([0] * 9 + [1] * 9 + [2] * 3), r"class 'c' has 3 image\(s\), each fold needs .*at most 3 folds"),
+        (manifest([0, 1, 2] * 9, group=[f"g{i // 9}" for i in range(27)]), r"lie in 3 group\(s\)"),
+        (manifest([0, 1, 2] * 9, split=["train"] * 27), r"the data has its own train, val and test; .*set data\.split"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make_split(frame, CLASSES, DataSpec(folds=4), seed=0)
 
 
 # Limit ---------------------------------------------------------------------------------------------------------------
@@ -273,6 +366,34 @@ def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"split\.parquet: cannot be read as a split"):
         Split.load(path, frame)
+
+
+def test_a_split_file_of_the_recipe(tmp_path: Path) -> None:
+    frame = world(400)
+    made = make_split(frame, CLASSES, DataSpec(folds=5, fold=2), seed=0)
+    table = made.table(frame)
+    assert list(table.columns) == ["id", "path", "split", "block", "fold"]
+    path = tmp_path / "split.csv"
+    table.to_csv(path, index=False)
+    spec = DataSpec(split_file=str(path))
+    split = make_split(frame, CLASSES, spec, seed=9)
+    assert (split.kind, split.warnings) == ("file", ())
+    for name in PARTS:
+        np.testing.assert_array_equal(split.rows(name), made.rows(name))
+    np.testing.assert_array_equal(split.blocks, made.blocks)
+
+    table[table["split"] != "test"].to_csv(path, index=False)
+    first, second = make_split(frame, CLASSES, spec, seed=9).warnings
+    assert "of 400 images are not in" in first
+    assert "has no test part" in second
+    assert len(make_split(frame, CLASSES, DataSpec(split_file=str(path), limit=60), seed=0).train) < 60
+
+    table.assign(split=table["split"].replace("val", "train")).to_csv(path, index=False)
+    with pytest.raises(DataError, match="class 'a' has no validation image"):
+        make_split(frame, CLASSES, spec, seed=0)
+    table.rename(columns={"split": "Split"}).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"no column 'split'; .*did you mean 'Split'"):
+        make_split(frame, CLASSES, spec, seed=0)
 
 
 def test_all_test() -> None:
