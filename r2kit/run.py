@@ -70,6 +70,11 @@ class Run:
         return self.path / "preprocess.json"
 
     @property
+    def structure_file(self) -> Path:
+        """The channel table, where the recipe names one: a copy, so that the run outlives the file."""
+        return self.path / "structure.json"
+
+    @property
     def split_file(self) -> Path:
         """Which image was in which split."""
         return self.path / "split.parquet"
@@ -127,7 +132,7 @@ class Run:
         Raises:
             RunError: If the folder holds a run or anything else, or cannot be written.
         """
-        path = _next_free(Path("runs"), recipe.name) if out is None else Path(out)
+        path = next_free(Path("runs"), recipe.name) if out is None else Path(out)
         run = cls(path)
         if run.exists():
             if not overwrite:
@@ -189,6 +194,15 @@ class Run:
             raise RunError(
                 f"{self.path}: its recipe is not one of this version of r2kit: {error.problems[0]}"
             ) from None
+
+    @property
+    def own_recipe(self) -> Recipe:
+        """The resolved recipe with the run's own copy of the channel table in place of the file that it names."""
+        recipe = self.recipe
+        if recipe.model.structure is None or not self.structure_file.is_file():
+            return recipe
+        model = recipe.model.model_copy(update={"structure": str(self.structure_file)})
+        return recipe.model_copy(update={"model": model})
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -265,7 +279,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _next_free(folder: Path, name: str) -> Path:
+def next_free(folder: Path, name: str) -> Path:
     """Return folder/name-n, n one above the highest that exists."""
     taken = [0]
     if folder.is_dir():

@@ -26,6 +26,8 @@ LEVELS = [
     {"plots", "explain", "evaluate", "predict", "doctor"},
     {"report"},
     {"train"},
+    {"fastai"},
+    {"allocate"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}
