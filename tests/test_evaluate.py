@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_images
 
 from r2kit import result
 from r2kit.baselines import band_features
 from r2kit.errors import DataError, RunError
 from r2kit.evaluate import evaluate, summary_lines
 from r2kit.run import Run
+from tests.conftest import make_images
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_images
 from PIL import Image
 
 from r2kit.data.reader import read_image
 from r2kit.errors import DataError
 from r2kit.predict import predict
+from tests.conftest import make_images
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_images
 
 import r2kit
 from r2kit import report, result
 from r2kit.errors import DataError, RunError
 from r2kit.report import write_report
 from r2kit.run import Run, write_atomic
+from tests.conftest import make_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<img src=x onerror=alert(1)>\"'&{{ 7*7 }}$\\frac{"

@@ -1,6 +1,6 @@
 """The fingerprints of every network's state dict: published checkpoints load only while they stay what they are.
 
-`python tests/backbones/freeze_keys.py` writes state_dict_keys.json anew; a changed line there breaks people's files.
+`python -m tests.backbones.freeze_keys` writes state_dict_keys.json anew; a changed line there breaks people's files.
 """
 
 import hashlib

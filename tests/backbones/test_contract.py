@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
-from freeze_keys import fingerprint, frozen
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import r2kit.backbones  # noqa: F401
 from r2kit.backbones import count_macs, count_parameters, create_model
 from r2kit.catalog import CATALOG, CatalogEntry
+from tests.backbones.freeze_keys import fingerprint, frozen
 
 ALL = [pytest.param(e, id=e.name) for e in CATALOG]
 OURS = [pytest.param(e, id=e.name) for e in CATALOG if e.owner == "r2kit"]
