@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ def build_model(spec: ModelSpec, *, num_classes: int, bands: Sequence[str]) -> n
         bands: Names of the bands; weights made for colour images find red, green and blue among them by name.
 
     Raises:
-        ModelError: If the name is unknown, the channel table cannot be read, or the weights cannot be had or do not fit.
+        ModelError: If the name is unknown, the channel table cannot be read, or the weights cannot be had or do not
+            fit.
     """
     table = {} if spec.structure is None else {"structure": spec.structure}
     return create_model(
@@ -68,7 +69,8 @@ def fit_preprocess(preprocess: Preprocess, report: LoadReport | None) -> tuple[P
         return preprocess, None
     if not preprocess.is_picture or len(wanted.mean) != len(preprocess.bands):
         return preprocess, "normalisation: that of the training images; the weights' own is for other bands"
-    interpolation = wanted.interpolation if wanted.interpolation in get_args(Interpolation) else None
+    ours = get_args(Interpolation)
+    interpolation = cast(Interpolation, wanted.interpolation) if wanted.interpolation in ours else None
     return preprocess.with_stats(wanted.mean, wanted.std, interpolation), "normalisation: that of the weights"
 
 
@@ -126,7 +128,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         model: Any network; frozen parameters are left out.
         weight_decay: Decay of the first group. Norms, biases and other vectors have none.
     """
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 else decay).append(parameter)
