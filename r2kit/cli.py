@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from r2kit import __version__
 from r2kit.errors import R2kitError, RecipeError
+
+if TYPE_CHECKING:
+    from r2kit.recipe import Recipe
 
 app = typer.Typer(
     name="r2kit",
@@ -24,10 +27,20 @@ recipe_app = typer.Typer(
     help="Check, show, write and copy recipes.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
 )
 app.add_typer(recipe_app, name="recipe")
+data_app = typer.Typer(
+    help="Describe, divide and check data before training.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes, e.g. train.epochs=3.")
+]
+DataArgument = Annotated[
+    str, typer.Argument(metavar="DATA", help="A folder, a CSV or Parquet table, or bluemarble for the embedded tiles.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass; does not change the result.")]
@@ -288,6 +301,69 @@ def _write_new(text: str, file: Path | None) -> None:
     except OSError as error:
         raise RecipeError(f"{file}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"written: {file}")
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@data_app.command("stats")
+def data_stats(
+    data: DataArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures, as .csv or .parquet.")] = None,
+) -> None:
+    """Measure every band over all images: mean, deviation, range, percentiles, share without measurement."""
+    import numpy as np
+
+    from r2kit.console import make_console, table
+    from r2kit.data.sources import open_source
+    from r2kit.data.statistics import describe_bands
+    from r2kit.data.table import write_table
+
+    source = open_source(_recipe_of(data, overrides).data)
+    found = describe_bands(source, np.arange(len(source.manifest)))
+    if out is not None:
+        write_table(found.reset_index(), out)
+    rows = [[band, *(f"{value:.5g}" for value in row)] for band, row in zip(found.index, found.to_numpy(), strict=True)]
+    console = make_console()
+    console.print(table(f"bands of {found.attrs['images']} images, in raw units", ["band", *found.columns], rows))
+    console.print(f"percentiles: {found.attrs['percentiles']}")
+    for path, reason in source.skipped:
+        console.print(f"left out: {path}: {reason}")
+    if out is not None:
+        console.print(f"written: {out}")
+
+
+@data_app.command("split")
+def data_split(
+    data: DataArgument,
+    overrides: Overrides = None,
+    by: Annotated[
+        str, typer.Option(help="auto, blocks, group or stratified; auto as a recipe with this data would do.")
+    ] = "auto",
+    folds: Annotated[int | None, typer.Option(min=2, help="One file for each of so many folds: NAME-0, ...")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, .csv or .parquet.")] = Path("split.csv"),
+) -> None:
+    """Divide images into train, val and test, as a file that a recipe uses with data.split_file."""
+    from r2kit.data.sources import open_source
+    from r2kit.data.splits import PARTS, write_splits
+
+    extra = [f"data.split={by}"] + ([] if folds is None else [f"data.folds={folds}"])
+    recipe = _recipe_of(data, [*(overrides or []), *extra])
+    for path, split in write_splits(open_source(recipe.data), recipe.data, recipe.seed, out):
+        counts = ", ".join(f"{len(split.rows(part))} {part}" for part in PARTS)
+        typer.echo(f"{path}: {split.described}: {counts}")
+        for warning in split.warnings:
+            typer.echo(f"  note: {warning}")
+        typer.echo(f"  use it: r2kit finetune RECIPE data.root={data} data.split_file={path}")
+
+
+def _recipe_of(data: str, overrides: list[str] | None) -> Recipe:
+    """The recipe whose `data` part names DATA."""
+    from r2kit.recipe_file import load_recipe
+
+    where = {"source": "bluemarble"} if data == "bluemarble" else {"root": data}
+    return load_recipe({"data": where}, overrides or [])
 
 
 # -------------------------------------------------------------------------------------------------------- errors

@@ -38,7 +38,7 @@ def test_version(capsys):
 def test_every_command_has_help(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("finetune", "evaluate", "predict", "report", "models", "doctor", "recipe"):
+    for command in ("finetune", "evaluate", "predict", "report", "models", "doctor", "recipe", "data"):
         assert command in out
         assert run(capsys, command, "--help")[0] == 0
 
@@ -149,3 +149,20 @@ def test_evaluate_and_predict(capsys, finished_run, image_folder, tmp_path):
     table = pd.read_csv(tmp_path / "found.csv")
     assert len(table) == len(pd.read_parquet(tmp_path / "found.parquet")) == 12
     assert {"path", "class", "confidence", "prob_sand", "prob_field", "prob_water"} <= set(table.columns)
+
+
+def test_data_stats_and_split(capsys, image_folder, tmp_path):
+    code, out, _ = run(capsys, "data", "stats", image_folder, "--out", tmp_path / "bands.csv")
+    assert code == 0
+    assert "percentiles: exact" in out
+    assert pd.read_csv(tmp_path / "bands.csv")["band"].tolist() == ["red", "green", "blue"]
+    assert run(capsys, "data", "stats", image_folder, "--out", tmp_path / "bands.txt")[0] == 2
+
+    code, out, _ = run(capsys, "data", "split", image_folder, "--folds", 3, "--out", tmp_path / "s.csv", "seed=5")
+    assert code == 0
+    assert f"data.split_file={tmp_path / 's-2.csv'}" in out
+    frame = pd.read_csv(tmp_path / "s-2.csv")
+    assert list(frame.columns) == ["id", "path", "split", "fold"]
+    assert ((frame["fold"] == 2) == (frame["split"] == "test")).all()
+    code, _, err = run(capsys, "data", "split", image_folder, "--by", "grup", "--out", tmp_path / "s.csv")
+    assert (code, "did you mean 'group'?" in err) == (2, True)

@@ -12,7 +12,8 @@ import pandas as pd
 from scipy.spatial import cKDTree
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from r2kit.data.table import read_table
+from r2kit.data.sources import Source
+from r2kit.data.table import read_table, write_table
 from r2kit.errors import DataError, did_you_mean
 from r2kit.recipe import DataSpec
 
@@ -257,6 +258,32 @@ def _check_classes(
         names = ", ".join(classes[c] for c in absent)
         few = "spatial blocks of it; try a smaller block_degrees" if kind == "blocks" else "groups of it"
         notes.append(f"no {title} image of {names}: too few {few}")
+
+
+def write_splits(source: Source, spec: DataSpec, seed: int, out: Path) -> list[tuple[Path, Split]]:
+    """Write the split that a recipe's `data` part asks for; with folds, one file for each of them.
+
+    Args:
+        source: The images.
+        spec: The `data` part; `spec.fold` is not read.
+        seed: The recipe's seed.
+        out: CSV or Parquet file; fold i goes into NAME-i.
+
+    Returns:
+        Each file that was written, and its split.
+
+    Raises:
+        DataError: If the images cannot be divided this way, or a file cannot be written.
+    """
+    written = []
+    for fold in range(spec.folds or 1):
+        split = make_split(
+            source.manifest, source.classes, spec.model_copy(update={"fold": fold}), seed, source.contents
+        )
+        path = out if spec.folds is None else out.with_name(f"{out.stem}-{fold}{out.suffix}")
+        write_table(split.table(source.manifest), path)
+        written.append((path, split))
+    return written
 
 
 def block_names(manifest: pd.DataFrame, degrees: float) -> np.ndarray:

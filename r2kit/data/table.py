@@ -87,6 +87,23 @@ def read_table(path: Path, what: str) -> pd.DataFrame:
     return frame
 
 
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV or Parquet, by the file's suffix, without its index.
+
+    Raises:
+        DataError: If the suffix is another one or the file cannot be written.
+    """
+    try:
+        if path.suffix.lower() == ".csv":
+            frame.to_csv(path, index=False)
+        elif path.suffix.lower() == ".parquet":
+            frame.to_parquet(path, index=False)
+        else:
+            raise DataError(f"{path}: a table is written as .csv or .parquet")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def _text(cell: object) -> str:
     """A cell as a CSV would hold it: whole floats without a fraction, nothing for null."""
     if cell is None or (isinstance(cell, float) and np.isnan(cell)) or cell is pd.NA or cell is pd.NaT:

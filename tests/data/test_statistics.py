@@ -2,8 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from r2kit.data import statistics
 from r2kit.data.preprocess import Preprocess
-from r2kit.data.statistics import band_statistics, check_fit
+from r2kit.data.statistics import band_statistics, check_fit, describe_bands
 from r2kit.errors import DataError
 
 
@@ -69,3 +70,53 @@ def test_check_fit_finds_wrong_units() -> None:
     assert check_fit(prep(1.0, 1300.0, 500.0), table) is None
     assert "band 'nir' would reach the network with mean" in check_fit(prep(255.0, 0.45, 0.22), table)
     assert "deviation" in check_fit(prep(65535.0, 0.0, 1.0), table)
+
+
+class Fake:
+    """A source of given images."""
+
+    name, bands, nodata = "fake", ("a", "b"), 0.0
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images = images
+
+    def read(self, row: int) -> np.ndarray:
+        return self.images[row]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+def test_description_equals_numpy_over_all_pixels(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 200, (9, 5 + i, 2)).astype(dtype) for i in range(7)]
+    found = describe_bands(Fake(images), np.arange(7))
+    pixels = np.concatenate([image.reshape(-1, 2) for image in images]).astype(float)
+    for band, name in enumerate("ab"):
+        values = pixels[:, band]
+        measured = values[values != 0]
+        row = found.loc[name]
+        np.testing.assert_allclose(
+            row[["mean", "std", "min", "max"]].to_numpy(float),
+            [measured.mean(), measured.std(), measured.min(), measured.max()],
+        )
+        assert row["nodata_share"] == (values == 0).mean()
+        method = "linear" if dtype == "float32" else "inverted_cdf"
+        expected = np.percentile(measured, [1, 2, 50, 98, 99], method=method)
+        np.testing.assert_allclose(row[["p1", "p2", "p50", "p98", "p99"]].to_numpy(float), expected, rtol=1e-6)
+    assert found.attrs["percentiles"] == ("from 504 evenly spaced pixels" if dtype == "float32" else "exact")
+
+
+def test_description_of_a_band_without_a_measurement() -> None:
+    image = np.zeros((4, 4, 2), dtype=np.uint8)
+    image[..., 1] = 7
+    found = describe_bands(Fake([image]), np.arange(1))
+    assert found.loc["a", ["mean", "max", "p50"]].isna().all()
+    assert found.loc["a", "nodata_share"] == 1.0
+    assert found.loc["b", ["mean", "p50"]].tolist() == [7.0, 7.0]
+
+
+def test_percentiles_of_many_floats_come_from_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "MAX_SAMPLE", 1000)
+    image = np.linspace(1, 2, 20_000, dtype=np.float32).reshape(100, 100, 2)
+    found = describe_bands(Fake([image] * 5), np.arange(5))
+    assert found.attrs["percentiles"] == "from 1000 evenly spaced pixels"
+    assert abs(found.loc["a", "p50"] - 1.5) < 0.01
