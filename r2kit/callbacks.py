@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from r2kit.backbones.warmstart import anneal_beta, set_beta
 from r2kit.console import duration
 from r2kit.run import Run, write_atomic
 from r2kit.tasks import ClassificationTask
@@ -63,7 +64,9 @@ class Recorder(Checkpoint):
             **pl_module.epoch_metrics,
         }
         self.rows.append({column: found[column] for column in _COLUMNS})
-        better = self.best_epoch < 0 or _score(self.rows[-1]) > _score(self.rows[self.best_epoch])
+        better = pl_module.final_form and (
+            self.best_epoch < 0 or _score(self.rows[-1]) > _score(self.rows[self.best_epoch])
+        )
         if better:
             self.best_epoch = len(self.rows) - 1
         save_atomic(trainer, self.run.last_checkpoint)
@@ -140,6 +143,37 @@ class Ema(EMAWeightAveraging):
             return mean + (1.0 - ramped) * (current - mean)
 
         self._kwargs["avg_fn"] = average
+
+
+class AnnealBeta(Callback):
+    """Turns the activation of a warm-started Res2NetPlus from ReLU into Mish while it trains.
+
+    Beta is a function of the step, so that a continued run needs nothing stored. It stands behind `Ema` in the list of
+    callbacks: the average of many betas is none, so the network that is validated gets the beta of the step.
+
+    Args:
+        until: Share of training after which beta is 1.
+    """
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set beta for the step."""
+        self._set(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set beta for the validation, and say whether the network is in its final form."""
+        assert isinstance(pl_module, ClassificationTask)
+        pl_module.final_form = self._set(trainer, pl_module) == 1.0
+
+    def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+        progress = min(1.0, trainer.global_step / trainer.estimated_stepping_batches)
+        beta = anneal_beta(progress, until=self.until)
+        set_beta(pl_module, beta)
+        return beta
 
 
 class Progress(Callback):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from r2kit.backbones import create_model
+from r2kit.backbones.warmstart import Images, warm_start
 from r2kit.backbones.weights import LoadReport, load_weights
 from r2kit.data.preprocess import Interpolation, Preprocess
 from r2kit.errors import ModelError, RunError
@@ -20,30 +21,38 @@ if TYPE_CHECKING:
     from r2kit.run import Run
 
 
-def build_model(spec: ModelSpec, *, num_classes: int, bands: Sequence[str]) -> nn.Module:
+def build_model(
+    spec: ModelSpec, *, num_classes: int, bands: Sequence[str], images: Callable[[LoadReport], Images] | None = None
+) -> nn.Module:
     """Build the network that a recipe names, with its starting weights.
 
     Args:
         spec: The recipe's `model` section.
         num_classes: Size of the classifier.
         bands: Names of the bands; weights made for colour images find red, green and blue among them by name.
+        images: For a warm start: makes batches of training images, given what loading the weights did.
 
     Raises:
+        ValueError: If the recipe asks for a warm start and there are no images.
         ModelError: If the name is unknown, the channel table cannot be read, or the weights cannot be had or do not
             fit.
     """
-    table = {} if spec.structure is None else {"structure": spec.structure}
-    return create_model(
-        spec.name,
-        pretrained=spec.pretrained,
-        num_classes=num_classes,
-        in_chans=len(bands),
-        in_chans_rule=spec.in_chans_rule,
-        rgb_bands=_rgb_positions(bands),
-        drop_rate=spec.drop_rate,
-        drop_path_rate=spec.drop_path_rate,
-        **table,
-    )
+    options: dict[str, Any] = {
+        "pretrained": spec.pretrained,
+        "num_classes": num_classes,
+        "in_chans": len(bands),
+        "in_chans_rule": spec.in_chans_rule,
+        "rgb_bands": _rgb_positions(bands),
+        "drop_rate": spec.drop_rate,
+        "drop_path_rate": spec.drop_path_rate,
+    }
+    if spec.structure is not None:
+        options["structure"] = spec.structure
+    if not spec.warm_start:
+        return create_model(spec.name, **options)
+    if images is None:
+        raise ValueError("images: a warm start measures statistics on training images")
+    return warm_start(spec.name, images, **options)
 
 
 def _rgb_positions(bands: Sequence[str]) -> tuple[int, int, int] | None:
@@ -80,7 +89,7 @@ def model_from_run(run: Run) -> nn.Module:
     Raises:
         RunError: If the stored weights do not fit the stored recipe.
     """
-    spec = run.own_recipe.model.model_copy(update={"pretrained": False})
+    spec = run.own_recipe.model.model_copy(update={"pretrained": False, "warm_start": False})
     model = build_model(spec, num_classes=len(run.preprocess.classes), bands=run.preprocess.bands)
     try:
         load_weights(model, run.weights_file)

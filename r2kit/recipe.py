@@ -7,7 +7,6 @@ schema`, `r2kit recipe new` and the error messages are made from it. Reading fil
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -142,6 +141,11 @@ class ModelSpec(Spec):
     for the network's own. It also sets the depth. Only for the scalenet names."""
     pretrained: StrictBool | StrictStr = False
     """true: the published ImageNet weights. A path: a local file of weights or a run folder. false: random weights."""
+    warm_start: bool = False
+    """Start res2netplus50d or res2netplus101d from weights of its ReLU twin (`pretrained`: true or a file of those),
+    converted so that the function stays; the activation turns from ReLU into Mish while training."""
+    warm_start_until: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of training after which the activation is Mish itself; only epochs after it can be the best one."""
     in_chans_rule: Literal["repeat", "mean", "zero", "random"] = "repeat"
     """How weights made for 3 bands start a network with another number of bands."""
     drop_rate: Fraction = 0.0
@@ -155,6 +159,11 @@ class ModelSpec(Spec):
             raise ValueError(
                 f"structure: only a ScaleNet has a channel table, and model.name is '{self.name}'; e.g. "
                 "model.name=scalenet50, or leave structure out"
+            )
+        if self.warm_start and self.pretrained is False:
+            raise ValueError(
+                "warm_start: needs weights to start from: model.pretrained=true for the published ones of the ReLU "
+                "twin, or model.pretrained=path/to/file"
             )
         return self
 
@@ -244,7 +253,11 @@ class Recipe(Spec):
     train: TrainSpec = TrainSpec()
     augment: AugmentSpec = AugmentSpec()
 
-    @property
-    def pretrained_path(self) -> Path | None:
-        """The local file or folder of weights, if the recipe names one."""
-        return Path(self.model.pretrained) if isinstance(self.model.pretrained, str) else None
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.model.warm_start and self.train.freeze != "none":
+            raise ValueError(
+                "train.freeze: a warm start changes the activation of every block while training, and what is frozen "
+                "could not follow; use train.freeze=none"
+            )
+        return self

@@ -281,7 +281,7 @@ def _explain(error: ValidationError, draft: _Draft) -> list[str]:
             lines[unknown] = f"{draft.place(unknown)}: {'.'.join(unknown)}: unknown key{_near_key(unknown, spec)}"
         elif detail["type"] == "value_error":
             key, _, message = str(detail["ctx"]["error"]).partition(": ")
-            at = (*path, key)
+            at = (*path, *key.split("."))
             lines[at] = f"{draft.place(at)}: {'.'.join(at)}: {message}"
         elif info is not None and path not in lines:
             came = _value_at(draft.values, path)

@@ -40,6 +40,7 @@ class ClassificationTask(L.LightningModule):
         self.frozen: Frozen | None = freeze_backbone(model) if frozen else None
         self.format = memory_format(recipe.train.channels_last)
         self.epoch_metrics: dict[str, float] = {}
+        self.final_form = True  # False while the network still changes its activation: such an epoch is never the best
         self._train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
         self.train()  # Lightning takes the modes as it finds them

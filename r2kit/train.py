@@ -21,11 +21,13 @@ from r2kit import plots
 from r2kit.backbones.measure import count_macs, count_parameters
 from r2kit.backbones.scalenet import ScaleNet
 from r2kit.backbones.scalenet_tables import save_structure
+from r2kit.backbones.warmstart import finalize, set_beta
 from r2kit.backbones.weights import LoadReport, save_weights
 from r2kit.benchmark import measure_throughput
-from r2kit.callbacks import Ema, Progress, Recorder
+from r2kit.callbacks import AnnealBeta, Ema, Progress, Recorder
 from r2kit.console import duration, make_console, quiet_libraries, table
 from r2kit.data.datamodule import DataModule
+from r2kit.data.loader import Loader
 from r2kit.errors import RecipeError, RunError
 from r2kit.evaluate import evaluate
 from r2kit.models import build_model, fit_preprocess, memory_format
@@ -110,6 +112,9 @@ def finetune(
     state = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     job.model.load_state_dict(weights)
+    if checked.model.warm_start:
+        set_beta(job.model, 1.0)  # as it was when the best epoch was validated
+        finalize(job.model)
     save_weights(job.model, run.weights_file, {"name": checked.model.name, "preprocess": run.preprocess.to_dict()})
     run.write_info(best_epoch=recorder.best_epoch, train_seconds=round(recorder.seconds, 1))
     metrics = evaluate(run)
@@ -213,7 +218,12 @@ def _prepare(recipe: Recipe, console: Console) -> _Job:
         data.setup()
     L.seed_everything(recipe.seed, verbose=False)
     bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
-    model = build_model(recipe.model, num_classes=classes, bands=data.preprocess.bands)
+
+    def images(report: LoadReport) -> Loader:
+        data.preprocess, _ = fit_preprocess(data.preprocess, report)
+        return data.train_dataloader()
+
+    model = build_model(recipe.model, num_classes=classes, bands=data.preprocess.bands, images=images)
     report: LoadReport | None = model.load_report  # type: ignore[assignment]
     data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
     model = model.to(memory_format=memory_format(recipe.train.channels_last))
@@ -274,6 +284,8 @@ def _fit(job: _Job, run: Run, console: Console, *, resume: bool, steps: int | No
     callbacks: list[Callback] = [recorder, Progress(console)]
     if spec.ema:
         callbacks.append(Ema(spec.ema_decay))
+    if job.recipe.model.warm_start:
+        callbacks.append(AnnealBeta(job.recipe.model.warm_start_until))
     on_gpu = job.device.type == "cuda"
     devices = spec.devices if spec.devices != "auto" else (-1 if on_gpu else 1)
     trainer = L.Trainer(

@@ -229,3 +229,48 @@ def test_published_weights_without_a_network_are_one_line(quick_recipe, tmp_path
     assert len(str(caught.value).splitlines()) == 1
     assert "model.pretrained=" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_warm_start_ends_as_a_plain_res2netplus(quick_recipe, tmp_path, capsys):
+    from torch import nn
+
+    from r2kit.backbones.mish import MishBeta
+    from r2kit.backbones.weights import save_weights
+
+    torch.manual_seed(0)
+    save_weights(r2kit.create_model("res2net50d", num_classes=3), tmp_path / "twin.safetensors")
+    overrides = [
+        "model.name=res2netplus50d",
+        f"model.pretrained={tmp_path / 'twin.safetensors'}",
+        "model.warm_start=true",
+        "train.ema=true",
+        "train.epochs=3",
+        "data.limit=20",
+    ]
+    run = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "run")
+    assert "converted from res2net50d" in capsys.readouterr().out
+    assert run.info["best_epoch"] >= 1  # half of training changes the activation
+    model = run.model()
+    assert not [module for module in model.modules() if isinstance(module, MishBeta)]
+    assert [module for module in model.modules() if isinstance(module, nn.Mish)]
+    assert set(load_file(run.weights_file)) == set(r2kit.create_model("res2netplus50d", num_classes=3).state_dict())
+    # The stored weights score what the best epoch scored: they were validated as plain Mish.
+    row = list(csv.DictReader(run.metrics_csv.read_text().splitlines()))[run.info["best_epoch"]]
+    from r2kit.evaluate import evaluate
+
+    assert evaluate(run, split="val")["accuracy"]["value"] == pytest.approx(float(row["val_acc"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.warm_start=true"], "model.warm_start: needs weights to start from"),
+        (
+            ["model.warm_start=true", "model.pretrained=true", "train.freeze=backbone"],
+            "train.freeze: a warm start changes the activation",
+        ),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        r2kit.load_recipe({}, overrides)

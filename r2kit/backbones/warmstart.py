@@ -18,7 +18,7 @@ the tensor that left the (convolution, BN, activation) before, zero padding incl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from r2kit.backbones._weight_file import few
 from r2kit.backbones.create import create_model
 from r2kit.backbones.mish import MishBeta, mish_beta_to_mish, mish_to_mish_beta, set_beta
 from r2kit.backbones.published import warm_start_source
-from r2kit.backbones.weights import InChansRule
+from r2kit.backbones.weights import InChansRule, LoadReport
 from r2kit.errors import ModelError
 
 __all__ = ["START_BETA", "Conversion", "anneal_beta", "convert", "finalize", "set_beta", "warm_start"]
@@ -42,6 +42,9 @@ START_BETA = 25.0
 """Where annealing starts: at most 0.0124 from ReLU, and smooth."""
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+Images = Iterable[Tensor | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Conversion:
 
 def warm_start(
     name: str,
-    images: Iterable[Tensor | Mapping[str, Any]],
+    images: Images | Callable[[LoadReport], Images],
     *,
     pretrained: bool | str | Path = True,
     num_classes: int = 1000,
@@ -76,7 +79,8 @@ def warm_start(
 
     Args:
         name: ``res2netplus50d`` or ``res2netplus101d``.
-        images: See `convert`.
+        images: See `convert`; or a function that makes them, given what loading the source's weights did and so which
+            normalisation they need.
         pretrained: Weights of the source, ``res2net50d`` or ``res2net101d``, as for `create_model`.
         num_classes: Outputs of the classifier.
         in_chans: Bands of the image.
@@ -103,9 +107,9 @@ def warm_start(
         rgb_bands=rgb_bands,
     )
     target = create_model(name, num_classes=num_classes, in_chans=in_chans, **timm_options)
-    done = convert(source, target, images, beta=beta, max_images=max_images)
-    note = f"converted from {source_name}: {done.folded} norms folded, statistics from {done.images} images"
     report: Any = source.load_report
+    done = convert(source, target, images(report) if callable(images) else images, beta=beta, max_images=max_images)
+    note = f"converted from {source_name}: {done.folded} norms folded, statistics from {done.images} images"
     target.load_report = replace(report, notes=(*report.notes, note))
     carried = ("mean", "std", "interpolation", "crop_pct")
     cfg: Any = source.pretrained_cfg
@@ -116,7 +120,7 @@ def warm_start(
 def convert(
     source: nn.Module,
     target: nn.Module,
-    images: Iterable[Tensor | Mapping[str, Any]],
+    images: Images,
     *,
     beta: float = START_BETA,
     max_images: int = 512,
