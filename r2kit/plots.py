@@ -270,7 +270,15 @@ def reliability_figure(table: Reliability, *, theme: Theme = LIGHT) -> Figure:
     upper.plot([0, 1], [0, 1], color=theme.muted, lw=1, ls="--", label="as confident as right")
     area = 14 + 120 * table.count[filled] / max(1, int(table.count.max()))
     upper.vlines(table.confidence[filled], table.confidence[filled], table.accuracy[filled], color=theme.bad, lw=1.6)
-    upper.scatter(table.confidence[filled], table.accuracy[filled], s=area, color=theme.main, zorder=3, label="bins")
+    upper.scatter(
+        table.confidence[filled],
+        table.accuracy[filled],
+        s=area,
+        color=theme.main,
+        zorder=3,
+        clip_on=False,
+        label="bins",
+    )
     upper.set_ylabel("accuracy", color=theme.muted)
     upper.set(xlim=(0, 1), ylim=(-0.02, 1.02))
     upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))

@@ -160,12 +160,14 @@ def test_without_captum_the_page_says_how_to_get_it(run, monkeypatch):
     assert "r2kit report" in page.text
 
 
-def test_grad_cam_panels_come_in_pairs(run):
+def test_grad_cam_panels_come_in_pairs(finished_run, written):
     pytest.importorskip("captum", reason="captum (extra explain) is not installed")
-    alts = [attributes["alt"] for tag, attributes in Page(write_report(run).read_text("utf-8")).tags if tag == "img"]
-    evidence = [alt for alt in alts if alt.startswith("evidence for ")]
+    alts = [attributes["alt"] for tag, attributes in Page(written).tags if tag == "img"]
+    evidence = [place for place, alt in enumerate(alts) if alt.startswith("evidence for ")]
     assert 1 <= len(evidence) <= 8
-    assert (run.plots / "gradcam.png").is_file()
+    for place in evidence:  # behind the picture of the same image: TRUE → PREDICTED 90 %, or PREDICTED 90 %
+        assert alts[place - 1].split(" → ")[-1].startswith(alts[place].removeprefix("evidence for "))
+    assert (finished_run.plots / "gradcam.png").is_file()
 
 
 def test_maps_are_drawn_where_images_have_places(run):
