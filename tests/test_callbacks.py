@@ -1,0 +1,78 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from r2kit.callbacks import Ema, Progress, Recorder, save_atomic
+from r2kit.recipe import Recipe
+from r2kit.run import Run
+
+
+def test_ema_forgets_the_random_start_of_a_short_run():
+    average = Ema(0.999)._kwargs["avg_fn"]
+    value = torch.tensor(100.0)  # the random start
+    for count in range(1, 30):
+        value = average(value, torch.tensor(1.0), count)
+    assert value.item() == pytest.approx(1.0, abs=0.02)  # a fixed decay of 0.999 would still stand at 97
+    late = average(torch.tensor(0.0), torch.tensor(1.0), 10**6)
+    assert late.item() == pytest.approx(1 - 0.999)
+
+
+class FakeTrainer:
+    """Saves what it is told to, or dies in the middle of it."""
+
+    is_global_zero = True
+
+    def __init__(self, text, die=False):
+        self.text, self.die = text, die
+
+    def save_checkpoint(self, path):
+        path.write_text(self.text[: 2 if self.die else None])
+        if self.die:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_atomic(FakeTrainer("first"), path)
+    with pytest.raises(OSError, match="No space left"):
+        save_atomic(FakeTrainer("second", die=True), path)
+    assert path.read_text() == "first"
+    save_atomic(FakeTrainer("third"), path)
+    assert path.read_text() == "third"
+
+
+def test_recorder_gives_its_rows_back(tmp_path):
+    recorder = Recorder(Run.create(Recipe(), tmp_path / "run"), Console(file=io.StringIO()))
+    recorder.rows = [{"epoch": 0, "step": 3, "lr": 0.1 + 0.2}]
+    recorder.best_epoch = 0
+    other = Recorder(recorder.run, recorder.console)
+    other.load_state_dict(recorder.state_dict())
+    assert other.rows == recorder.rows
+    assert other.best_epoch == 0
+    assert other.earlier_seconds > 0
+
+
+def test_progress_speaks_seldom_where_there_is_no_terminal():
+    console = Console(file=io.StringIO(), width=100)
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=2, num_training_batches=50)
+    progress = Progress(console, every=0.0)
+    progress.on_train_epoch_start(trainer, None)
+    progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.25)}, None, 9)
+    assert console.file.getvalue() == "epoch 1/2  step 10/50  loss 1.250\n"
+    patient = Progress(Console(file=io.StringIO()), every=1000.0)
+    patient.on_train_epoch_start(trainer, None)
+    patient.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.25)}, None, 9)
+    assert patient.console.file.getvalue() == ""
+
+
+def test_the_bar_goes_away_when_training_fails():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=2, num_training_batches=50)
+    progress = Progress(console)
+    progress.on_train_epoch_start(trainer, None)
+    assert progress._bar is not None
+    progress.on_exception(trainer, None, RuntimeError())
+    assert progress._bar is None
