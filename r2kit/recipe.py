@@ -77,6 +77,9 @@ class DataSpec(Spec):
     out, for the split by `blocks`."""
     on_bad_file: Literal["error", "skip"] = "error"
     """What an unreadable image does: stop before training, or be left out and listed."""
+    on_leak: Literal["error", "drop"] = "error"
+    """What happens to a training image that gives a held-out one away (same pixels, same group, overlapping ground) and
+    to a validation image that gives a test image away: stop before training, or be left out and counted."""
     workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()

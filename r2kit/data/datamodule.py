@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
 from r2kit.data.mix import draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
@@ -239,4 +240,8 @@ class DataModule(lightning.LightningDataModule):
             return Split.load(self._split_file, manifest)
         if self._all_test:
             return Split.all_test(manifest)
-        return make_split(manifest, self.source.classes, self.spec, self.seed, self.source.contents)
+        split = make_split(manifest, self.source.classes, self.spec, self.seed, self.source.contents)
+        leaks = find_leaks(self.source, split)
+        if leaks and self.spec.on_leak == "error":
+            raise DataError(f"{leaks[0].text}: the result would not be true; {leaks[0].mend}")
+        return without_leaks(split, leaks, manifest, self.source.classes) if leaks else split
