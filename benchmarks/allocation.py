@@ -130,6 +130,12 @@ def run_seed(seed: int, args: argparse.Namespace) -> Seed:
     return result
 
 
+def shown(values: list[float], sign: str = "") -> str:
+    """Return mean and 95 % t-interval in points; one seed has no interval."""
+    mean, half = interval(values)
+    return f"{mean:{sign}.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:{sign}.1f}"
+
+
 def table(results: list[Seed]) -> str:
     """Return the results as Markdown."""
     scales = " / ".join(str(scale) for scale in SCALES)
@@ -138,15 +144,15 @@ def table(results: list[Seed]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm in results[0].accuracy:
-        own = "{:.1f} ± {:.1f}".format(*interval([r.accuracy[arm] for r in results]))
+        own = shown([r.accuracy[arm] for r in results])
         pairs = [r.accuracy[arm] - r.accuracy["even"] for r in results]
-        against = "" if arm == "even" else "{:+.1f} ± {:.1f}".format(*interval(pairs))
+        against = "" if arm == "even" else shown(pairs, "+")
         macs = sum(r.macs[arm] for r in results) / len(results) / 1e6
         params = sum(r.params[arm] for r in results) / len(results) / 1e6
         shares = torch.tensor([r.shares[arm] for r in results]).mean(0)
-        shown = " / ".join(f"{100 * float(share):.0f}" for share in shares)
-        lines.append(f"| {arm} | {own} | {against} | {macs:.2f} | {params:.2f} | {shown} |")
-    own = "{:.1f} ± {:.1f}".format(*interval([r.seed_network for r in results]))
+        split = " / ".join(f"{100 * float(share):.0f}" for share in shares)
+        lines.append(f"| {arm} | {own} | {against} | {macs:.2f} | {params:.2f} | {split} |")
+    own = shown([r.seed_network for r in results])
     macs = sum(r.macs["seed network"] for r in results) / len(results) / 1e6
     lines.append(f"| the seed network | {own} | | {macs:.2f} | | 25 / 25 / 25 / 25 |")
     return "\n".join(lines)
