@@ -186,7 +186,7 @@ def _answers(url: str, seconds: float = _PROBE_SECONDS) -> bool:
             result.append(True)
         except urllib.error.HTTPError:  # it answered; what it said is for the real request to report
             result.append(True)
-        except (OSError, ValueError):
+        except Exception:  # whatever went wrong, also long after nobody waits any more: it did not answer
             result.append(False)
 
     # Name resolution knows no timeout, so it waits in a thread that can be left behind.

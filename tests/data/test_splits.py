@@ -291,7 +291,7 @@ def test_every_image_is_tested_once_over_the_folds(kind: str) -> None:
 
 def test_folds_that_cannot_be_made() -> None:
     for frame, message in (
-        (manifest([0] * 9 + [1] * 9 + [2] * 3), r"class 'c' has 3 image\(s\), each fold needs .*at most 3 folds"),
+        (manifest([0] * 9 + [1] * 9 + [2] * 3), r"class 'c' has 3 image\(s\), and each fold needs .*at most 3 folds"),
         (manifest([0, 1, 2] * 9, group=[f"g{i // 9}" for i in range(27)]), r"lie in 3 group\(s\)"),
         (manifest([0, 1, 2] * 9, split=["train"] * 27), r"the data has its own train, val and test; .*set data\.split"),
     ):
