@@ -30,6 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:load_learner. uses Python's insecure pickle module"),
     # Learner.load allows numpy's scalars by the name they had before numpy 2.
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated"),
+    # torch's tensor subclasses, which matplotlib draws here, answer numpy's __array__ in the manner of numpy 1.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
     # show_results draws into a backend without a window.
     pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive"),
 ]
@@ -127,7 +129,8 @@ def test_the_body_is_the_network_up_to_its_pool(fa, name):
     model = getattr(fa, name)(False, num_classes=5).eval()
     body = fa.cut_body(model).eval()
     assert type(body) is nn.Sequential
-    images = torch.randn(1, 3, 32, 32)
+    side = 8 if name.startswith("cifar") else 32
+    images = torch.randn(1, 3, side, side)
     with torch.no_grad():
         assert torch.equal(body(images), model.forward_features(images))
     head = nn.Linear(2, 2)
@@ -255,7 +258,8 @@ def test_more_bands_without_weights_start_as_the_network_does(fa):
 def test_a_session_from_the_first_line_to_a_loaded_export(fa, dls, tmp_path):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="call learn.unfreeze\\(\\) before fitting"):
-        learn = fa.vision_learner(dls, fa.res2netplus50, metrics=fa.accuracy)
+        # A plain optimizer, as lr_find and export write down what it remembers.
+        learn = fa.vision_learner(dls, fa.res2netplus50, metrics=fa.accuracy, opt_func=fa.SGD)
     body, head = learn.model
     ((mean, _),) = normalisations(fa, dls)
     assert mean == pytest.approx(IMAGENET[0])
@@ -276,8 +280,8 @@ def test_a_session_from_the_first_line_to_a_loaded_export(fa, dls, tmp_path):
         after_fine_tune = body.state_dict()
         assert all(not torch.equal(after[key], after_fine_tune[key]) for key in after if "conv" in key)
 
-        found = learn.lr_find(num_it=6, show_plot=False, suggest_funcs=(fa.minimum, fa.steep))
-        assert found.minimum > 0
+        found = learn.lr_find(num_it=10, stop_div=False)
+        assert 1e-7 < found.valley < 10
 
         learn.freeze()
         assert not body.conv1[0].weight.requires_grad
@@ -296,7 +300,7 @@ def test_a_session_from_the_first_line_to_a_loaded_export(fa, dls, tmp_path):
         learn.export("model.pkl")
     loaded = fa.load_learner(tmp_path / "model.pkl")
     assert loaded.splitter is fa.three_groups
-    file = dls.valid_ds.items.iloc[0, 0]
+    file, _ = dls.valid_ds.items[0]
     with loaded.no_bar(), loaded.no_logging():
         label, _, predicted = loaded.predict(file)
     assert label in dls.vocab
@@ -315,7 +319,7 @@ def test_a_frozen_body_without_trained_norms_stands_wholly_still(fa, dls):
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
-@pytest.mark.parametrize("name", ["res2netplus50", "blres2net50"])
+@pytest.mark.parametrize("name", ["res2netplus50", pytest.param("blres2net50", marks=pytest.mark.slow)])
 def test_unet_learner_takes_a_step(fa, tmp_path, name):
     rng = np.random.default_rng(0)
     for index in range(4):
@@ -340,8 +344,7 @@ def test_unet_learner_takes_a_step(fa, tmp_path, name):
     assert {id(p) for p in [*learn.opt.param_lists[0], *learn.opt.param_lists[1]]} == set(map(id, encoder.parameters()))
     assert decoder
     assert "layers.0" not in decoder
-    before = encoder.conv1.state_dict()
-    before = {key: tensor.clone() for key, tensor in before.items()}
+    before = state_of(encoder.conv1)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
     assert learn.recorder.losses[0].isfinite()
