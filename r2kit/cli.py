@@ -358,12 +358,40 @@ def data_split(
         typer.echo(f"  use it: r2kit finetune RECIPE data.root={data} data.split_file={path}")
 
 
-def _recipe_of(data: str, overrides: list[str] | None) -> Recipe:
-    """The recipe whose `data` part names DATA."""
+@data_app.command("check")
+def data_check(
+    data: DataArgument,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose data part says how images are divided; default: the defaults.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for check.html and manifest.parquet.")] = Path(
+        "data-check"
+    ),
+) -> None:
+    """Look for what would make a result untrue; exit code 1 if there is something, 2 if the data cannot be opened."""
+    from r2kit.data.check import check_data
+
+    verdict = check_data(_recipe_of(data, overrides, recipe), out)
+    for finding in verdict.findings:
+        typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
+        typer.echo(f"  mend: {finding.mend}")
+    typer.echo(f"written: {out / 'check.html'}, {out / 'manifest.parquet'}")
+    if verdict.untrue:
+        typer.echo("verdict: a result on this data would not be true")
+        raise typer.Exit(1)
+    typer.echo("verdict: nothing found that would make a result untrue")
+
+
+def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None) -> Recipe:
+    """The recipe, or the defaults, with DATA as its data."""
     from r2kit.recipe_file import load_recipe
 
-    where = {"source": "bluemarble"} if data == "bluemarble" else {"root": data}
-    return load_recipe({"data": where}, overrides or [])
+    source, root = ("bluemarble", None) if data == "bluemarble" else ("auto", data)
+    if recipe is None:
+        return load_recipe({"data": {"source": source, "root": root}}, overrides or [])
+    # JSON is YAML, so that a path with any characters stays one text.
+    return load_recipe(recipe, [f"data.source={source}", f"data.root={json.dumps(root)}", *(overrides or [])])
 
 
 # -------------------------------------------------------------------------------------------------------- errors

@@ -166,3 +166,18 @@ def test_data_stats_and_split(capsys, image_folder, tmp_path):
     assert ((frame["fold"] == 2) == (frame["split"] == "test")).all()
     code, _, err = run(capsys, "data", "split", image_folder, "--by", "grup", "--out", tmp_path / "s.csv")
     assert (code, "did you mean 'group'?" in err) == (2, True)
+
+
+def test_data_check_is_a_verdict_with_an_exit_code(capsys, image_folder, tmp_path):
+    import shutil
+
+    code, out, _ = run(capsys, "data", "check", image_folder, "--out", tmp_path / "fine")
+    assert (code, "nothing found that would make" in out) == (0, True)
+    assert (tmp_path / "fine" / "check.html").is_file()
+    folder = Path(shutil.copytree(image_folder, tmp_path / "tiles"))
+    (folder / "sand" / "003.png").write_bytes(b"")
+    code, out, _ = run(capsys, "data", "check", folder, "--recipe", "satellite", "--out", tmp_path / "bad")
+    assert code == 1
+    assert "untrue: files: 1 image(s) cannot be used" in out
+    assert run(capsys, "data", "check", folder, "data.on_bad_file=skip", "--out", tmp_path / "bad")[0] == 0
+    assert run(capsys, "data", "check", tmp_path / "none")[0] == 2

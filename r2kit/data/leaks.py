@@ -97,7 +97,9 @@ def without_leaks(split: Split, findings: list[Finding], manifest: pd.DataFrame,
     count = sum(len(split.rows(name)) - len(kept[name]) for name in PARTS)
     kinds = ", ".join(finding.kind for finding in findings)
     note = f"{count} image(s) that give held-out images away were left out ({kinds})"
-    return dataclasses.replace(split, **kept, warnings=(*split.warnings, note))
+    return dataclasses.replace(
+        split, train=kept["train"], val=kept["val"], test=kept["test"], warnings=(*split.warnings, note)
+    )
 
 
 def _same(key: np.ndarray, rank: np.ndarray) -> np.ndarray:
@@ -142,7 +144,7 @@ def _overlapping(contents: pd.DataFrame, rank: np.ndarray) -> np.ndarray:
 def _overlaps(
     boxes: np.ndarray, rank: np.ndarray, share: float, system: np.ndarray | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Yield each box that overlaps one of a higher rank by a share of the smaller one; with `system`, only of another."""
+    """Yield each box that overlaps one of a higher rank by a share of the smaller; with `system`, only of another."""
     centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     area = np.maximum(side.prod(axis=1), 1e-300)
     reach = np.maximum(side.max(axis=0), 1e-300)  # two boxes that touch have centres nearer than the largest side
