@@ -29,7 +29,7 @@ from r2kit.console import duration, make_console, quiet_libraries, table
 from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
 from r2kit.errors import RecipeError, RunError
-from r2kit.evaluate import evaluate
+from r2kit.evaluate import evaluate, summary_lines
 from r2kit.models import build_model, fit_preprocess, memory_format
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import find_recipe, load_recipe
@@ -108,7 +108,7 @@ def finetune(
     if not first_process():
         return run
 
-    trained = time.perf_counter()
+    trained, train_seconds = time.perf_counter(), recorder.seconds
     state = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     job.model.load_state_dict(weights)
@@ -116,7 +116,7 @@ def finetune(
         set_beta(job.model, 1.0)  # as it was when the best epoch was validated
         finalize(job.model)
     save_weights(job.model, run.weights_file, {"name": checked.model.name, "preprocess": run.preprocess.to_dict()})
-    run.write_info(best_epoch=recorder.best_epoch, train_seconds=round(recorder.seconds, 1))
+    run.write_info(best_epoch=recorder.best_epoch, train_seconds=round(train_seconds, 1))
     metrics = evaluate(run)
     run.write_info(
         state="finished",
@@ -124,7 +124,8 @@ def finetune(
         seconds=round(recorder.earlier_seconds + time.perf_counter() - started, 1),
     )
     write_report(run)
-    _print_result(console, run, metrics, recorder, time.perf_counter() - trained, time.perf_counter() - started)
+    now = time.perf_counter()
+    _print_result(console, run, metrics, recorder.best_epoch, (train_seconds, now - trained, now - started))
     return run
 
 
@@ -352,18 +353,15 @@ def _print_start(console: Console, job: _Job) -> None:
 
 
 def _print_result(
-    console: Console, run: Run, metrics: dict[str, Any], recorder: Recorder, after: float, total: float
+    console: Console, run: Run, metrics: dict[str, Any], best_epoch: int, seconds: tuple[float, float, float]
 ) -> None:
-    """Print the result, what it stands beside, and what to do next."""
-    from r2kit.evaluate import summary_lines
-
+    """Print the result, what it stands beside, the seconds (training, evaluation, all), and what to do next."""
+    training, evaluation, total = (duration(value) for value in seconds)
     console.print()
-    console.print(f"best epoch: {recorder.best_epoch + 1} of {run.recipe.train.epochs}")
+    console.print(f"best epoch: {best_epoch + 1} of {run.recipe.train.epochs}")
     for line in summary_lines(metrics):
         console.print(line)
-    console.print(
-        f"time: {duration(total)}, of which {duration(recorder.seconds)} training and {duration(after)} evaluation"
-    )
+    console.print(f"time: {total}, of which {training} training and {evaluation} evaluation and report")
     console.print(f"run folder: {run.path}  (start with {run.report})")
     console.print("next:")
     console.print(f"  r2kit evaluate {run.path}")
