@@ -109,9 +109,7 @@ def test_training_refuses_a_leaking_split_before_it_starts(make_folder) -> None:
         made.setup()
         return made
 
-    with pytest.raises(
-        DataError, match=r"000\.png \((train|val)\) and .*/001\.png \(test\): the result would"
-    ):
+    with pytest.raises(DataError, match=r"000\.png \((train|val)\) and .*/001\.png \(test\): the result would"):
         module()
     made = module(on_leak="drop")
     assert len(made.split.train) + len(made.split.val) == 7
