@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from r2kit.data.files import pixel_hash
+from r2kit.data.files import is_flat, pixel_hash
 from r2kit.data.leaks import Finding, find_leaks
 from r2kit.data.perceptual import coefficients, near_copies
 from r2kit.data.preprocess import missing_pixels
@@ -74,7 +74,7 @@ def check_data(recipe: Recipe, out: Path) -> Verdict:
     if split is not None:
         for name in PARTS:
             manifest.loc[split.rows(name), "part"] = name
-        leaks = find_leaks(source, split)
+        leaks = find_leaks(source, split, measured["pixels"].where(~measured["flat"]).to_numpy(dtype=object))
         if recipe.data.on_leak == "drop":  # training leaves these out by itself
             leaks = [
                 Finding(leak.kind, False, leak.text, "data.on_leak=drop leaves them out", leak.pairs) for leak in leaks
@@ -91,7 +91,7 @@ def check_data(recipe: Recipe, out: Path) -> Verdict:
 
     manifest = pd.concat([manifest, measured], axis=1)
     if source.contents is not None:
-        manifest = pd.concat([manifest, source.contents.drop(columns="pixels")], axis=1)
+        manifest = pd.concat([manifest, source.contents.drop(columns=["pixels", "flat"])], axis=1)
     verdict = Verdict(findings, manifest, source.skipped)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _measure(source: Source) -> tuple[pd.DataFrame, list[np.ndarray | None]]:
         total = np.where(measured, pixels, 0.0).sum(axis=(0, 1))
         mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
         row_of = {f"mean_{band}": value for band, value in zip(source.bands, mean, strict=True)}
-        rows.append({"pixels": pixel_hash(raw), "nodata_share": 1.0 - measured.mean(), **row_of})
+        rows.append({"pixels": pixel_hash(raw), "flat": is_flat(raw), "nodata_share": 1.0 - measured.mean(), **row_of})
         lows.append(coefficients(raw, source.nodata))
     return pd.DataFrame(rows), lows
 
@@ -139,7 +139,11 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
     path = manifest["path"].to_numpy(dtype=object)
     again = measured["pixels"].duplicated().to_numpy()
     first = measured["pixels"].map({key: row for row, key in reversed(list(enumerate(measured["pixels"])))}).to_numpy()
-    within = np.flatnonzero(again & (part == part[first]))
+    flat = measured["flat"].to_numpy(dtype=bool)
+    if flat.any():
+        text = f"{int(flat.sum())} image(s) are of one colour all over, e.g. {path[np.flatnonzero(flat)[0]]}"
+        findings.append(Finding("flat images", False, text, "look at them; remove those that show nothing"))
+    within = np.flatnonzero(again & ~flat & (part == part[first]))
     if len(within):
         text = f"{len(within)} image(s) are copies of another in their own part, e.g. {path[within[0]]}"
         pairs = np.stack([within, first[within]], axis=1)

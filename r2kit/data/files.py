@@ -24,7 +24,7 @@ from r2kit.data.reader import ImageInfo, examine_image, read_image
 from r2kit.data.sources import fingerprint_of
 from r2kit.errors import DataError
 
-_CHECK = 2  # raise when the reader starts to accept, refuse or describe files in another way
+_CHECK = 3  # raise when the reader starts to accept, refuse or describe files in another way
 
 
 class ImageFiles:
@@ -77,7 +77,7 @@ class ImageFiles:
                 **place,
             }
         )
-        self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "height", "width", "crs", "bounds"]]
+        self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "flat", "height", "width", "crs", "bounds"]]
         self.fingerprint = fingerprint_of(zip(listed["id"], self.manifest["label"], listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
         holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
@@ -102,8 +102,8 @@ def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.D
         workers: Threads.
 
     Returns:
-        One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), height, width, error (None for a
-        good file), and the fields of `ImageInfo`.
+        One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), flat (of one colour), height,
+        width, error (None for a good file), and the fields of `ImageInfo`.
     """
     memory = (
         cache_folder() / "checked" / f"{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:16]}.parquet"
@@ -180,7 +180,7 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
     path = root / identity
     nothing = dict.fromkeys((field.name for field in dataclasses.fields(ImageInfo)), None)
     row: dict[str, object] = {"id": identity, "stamp": stamp, "check": _CHECK, "sha256": "", "error": None, **nothing}
-    row |= {"pixels": None, "height": None, "width": None}
+    row |= {"pixels": None, "flat": None, "height": None, "width": None}
     try:
         info, pixels = examine_image(path)
         with path.open("rb") as file:
@@ -189,8 +189,14 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
         row["error"] = str(error).removeprefix(f"{path}: ")
     else:
         row |= dataclasses.asdict(info)
-        row |= {"pixels": pixel_hash(pixels), "height": pixels.shape[0], "width": pixels.shape[1]}
+        row |= {"pixels": pixel_hash(pixels), "flat": is_flat(pixels)}
+        row |= {"height": pixels.shape[0], "width": pixels.shape[1]}
     return row
+
+
+def is_flat(pixels: np.ndarray) -> bool:
+    """Whether an image (H, W, C) is of one colour: such images are equal by nature, without being copies."""
+    return bool((pixels == pixels[:1, :1]).all())
 
 
 def pixel_hash(pixels: np.ndarray) -> str:

@@ -40,12 +40,14 @@ class Finding:
     """(N, 2) rows of the manifest that belong together; of a leak, first the one that should give way."""
 
 
-def find_leaks(source: Source, split: Split) -> list[Finding]:
+def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -> list[Finding]:
     """Find training images that give away validation or test images, and validation images that give away test images.
 
     Args:
         source: The images.
         split: Their parts.
+        pixels: (N,) hash of the pixels of each row, or None for an image that counts as a copy of no other; by default
+            those of the source's files, if it has files.
 
     Returns:
         At most one finding each for pixels, groups and footprints; its `pairs` hold each image that gives something
@@ -59,9 +61,11 @@ def find_leaks(source: Source, split: Split) -> list[Finding]:
     found = []
     groups = manifest["group"].to_numpy(dtype=object)
     searches: list[tuple[str, str, np.ndarray]] = [("groups", "of the same group", _same(groups, rank))]
-    if source.contents is not None:
-        pixels = source.contents["pixels"].to_numpy(dtype=object)
+    if pixels is None and source.contents is not None:
+        pixels = source.contents["pixels"].where(~source.contents["flat"].astype(bool)).to_numpy(dtype=object)
+    if pixels is not None:
         searches.insert(0, ("duplicates", "with the same pixels", _same(pixels, rank)))
+    if source.contents is not None:
         searches.append(("footprints", "on overlapping ground", _overlapping(source.contents, rank)))
     for kind, what, pairs in searches:
         if len(pairs):

@@ -34,8 +34,8 @@ class Source(Protocol):
     group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
     contents: pd.DataFrame | None
     """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
-    pixels), height, width, crs and bounds (left, bottom, right, top in units of crs; None without georeference). None
-    where the images are no files of the user's."""
+    pixels), flat (of one colour), height, width, crs and bounds (left, bottom, right, top in units of crs; None without
+    georeference). None where the images are no files of the user's."""
     skipped: list[tuple[str, str]]
     """(path, reason) of each image that was left out."""
     in_memory: bool

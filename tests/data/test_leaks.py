@@ -16,7 +16,7 @@ NONE = np.empty(0, dtype=np.int64)
 
 def source(count: int = 6, **columns) -> SimpleNamespace:
     """A source of `count` images that differ in everything that is not given."""
-    contents = {"pixels": [f"p{i}" for i in range(count)], "crs": None, "bounds": None}
+    contents = {"pixels": [f"p{i}" for i in range(count)], "flat": False, "crs": None, "bounds": None}
     contents = pd.DataFrame(contents | {k: v for k, v in columns.items() if k in contents})
     manifest = {"path": [f"{i}.tif" for i in range(count)], "label": [i % 2 for i in range(count)], "group": None}
     return SimpleNamespace(manifest=pd.DataFrame(manifest | {k: v for k, v in columns.items() if k == "group"}),
@@ -44,6 +44,9 @@ def test_duplicates_and_groups_name_the_image_that_gives_way() -> None:
     parts = split([0, 1, 2], [3], [4, 5])
     assert found(source(pixels=list("abcaba")), parts) == {"duplicates": [[0, 5], [1, 4], [3, 5]]}
     assert found(source(group=["g", None, "h", "h", None, "g"]), parts) == {"groups": [[0, 5], [2, 3]]}
+    assert found(source(pixels=list("abcaba"), flat=[True, False, False, True, False, True]), parts) == {
+        "duplicates": [[1, 4]]  # images of one colour are equal by nature
+    }
     message = find_leaks(source(pixels=list("abcaba")), parts)[0].text
     assert message == "3 image(s) with the same pixels in two parts, e.g. 0.tif (train) and 5.tif (test)"
 
