@@ -69,7 +69,7 @@ def evaluate(
     left_out = _add_baselines(table, run, target, features, load)
     _write_parquet(table, run.predictions(target.name))
     stored = pd.read_parquet(run.predictions(target.name))
-    result = compute(stored, preprocess.classes, split=target.name, seed=run.recipe.seed)
+    result = compute(stored, preprocess.classes, split=target.name, seed=run.recipe.seed, group_word=target.group_word)
     result["predictions"] = run.predictions(target.name).name
     if left_out is not None:
         result["baselines_left_out"] = left_out
@@ -88,6 +88,8 @@ class _Target:
     rows: NDArray[np.int64]
     label: NDArray[np.int64]
     group: NDArray[np.object_] | None
+    group_word: str
+    """What a person calls such a group."""
     module: DataModule | None
     """The run's own data; None where other data is evaluated."""
 
@@ -108,16 +110,19 @@ def _own_target(run: Run, split: str) -> _Target:
     source, rows = module.source, module.split.rows(name)
     if rows.size == 0:
         raise RunError(f"{run.path}: the run held out no {name} images; take --split val")
-    return _Target(name, source, rows, module.labels[rows], _groups(run, source, rows), module)
+    group, word = _groups(run, source, rows)
+    return _Target(name, source, rows, module.labels[rows], group, word, module)
 
 
-def _groups(run: Run, source: Source, rows: NDArray[np.int64]) -> NDArray[np.object_] | None:
-    """What was held out together: the spatial block where the split is spatial, else the source's own group."""
+def _groups(run: Run, source: Source, rows: NDArray[np.int64]) -> tuple[NDArray[np.object_] | None, str]:
+    """What was held out together, and the word for it: spatial blocks where the split is by blocks, else groups."""
     held = pd.read_parquet(run.split_file)
     group = source.manifest["group"].to_numpy(object)[rows]
-    if "block" in held and held["block"].notna().any():
+    word = "group"
+    if run.info.get("split") in ("blocks", "file") and held["block"].notna().any():
         group = held.set_index("id")["block"].reindex(source.manifest["id"].iloc[rows]).to_numpy(object)
-    return None if pd.isna(group).all() else group
+        word = "spatial block"
+    return (None if pd.isna(group).all() else group), word
 
 
 def _other_target(run: Run, folder: Path, split: str) -> _Target:
@@ -137,7 +142,8 @@ def _other_target(run: Run, folder: Path, split: str) -> _Target:
     name = folder.resolve().name if chosen == "all" else f"{folder.resolve().name}_{chosen}"
     if name in PARTS:
         name = f"data_{name}"  # never the name of one of the run's own splits
-    return _Target(name, module.source, rows, module.labels[rows], None if pd.isna(group).all() else group, None)
+    groups = None if pd.isna(group).all() else group
+    return _Target(name, module.source, rows, module.labels[rows], groups, "group", None)
 
 
 @dataclass(frozen=True)

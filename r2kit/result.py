@@ -62,7 +62,9 @@ def groups(table: pd.DataFrame) -> NDArray[np.object_] | None:
     return table["group"].to_numpy(object) if "group" in table and table["group"].notna().any() else None
 
 
-def compute(table: pd.DataFrame, classes: Sequence[str], *, split: str, seed: int = 0) -> Result:
+def compute(
+    table: pd.DataFrame, classes: Sequence[str], *, split: str, seed: int = 0, group_word: str = "spatial block"
+) -> Result:
     """Compute every figure of a result from the table of predictions.
 
     Args:
@@ -70,6 +72,7 @@ def compute(table: pd.DataFrame, classes: Sequence[str], *, split: str, seed: in
         classes: Names of the classes, K of them.
         split: What the images are: ``test``, ``val``, or the name of another set.
         seed: Seed of the bootstrap.
+        group_word: What a person calls a group of images that were held out together.
 
     Returns:
         JSON primitives. Intervals are `metrics.Interval.to_dict`; shares are in [0, 1]; a figure that the data cannot
@@ -108,7 +111,7 @@ def compute(table: pd.DataFrame, classes: Sequence[str], *, split: str, seed: in
         "split": split,
         "images": len(table),
         "groups": None if group is None else len(pd.unique(pd.Series(group).dropna())),
-        "group_word": "spatial block" if table["lon"].notna().any() else "group",
+        "group_word": group_word,
         "classes": list(classes),
         "accuracy": interval(right),
         "balanced_accuracy": metrics.balanced_accuracy_interval(label, pred, count, group, seed=seed).to_dict(),

@@ -98,6 +98,7 @@ def finetune(
             versions=installed_versions(),
             device=job.device_name,
             data={"source": job.data.source.name, "fingerprint": job.data.source.fingerprint},
+            split=job.data.split.kind,
             model={"parameters": job.parameters, "macs": job.macs, "train_images_per_second": round(job.speed, 1)},
         )
         plots.save(plots.batch_mosaic(next(iter(job.data.train_dataloader())), job.data, epoch=0), run, "batch")

@@ -45,7 +45,11 @@ def test_stored_figures_are_those_of_the_stored_table(run):
     found = evaluate(run)
     assert json.loads(run.metrics_json.read_text()) == found
     again = result.compute(
-        pd.read_parquet(run.predictions("test")), run.preprocess.classes, split="test", seed=run.recipe.seed
+        pd.read_parquet(run.predictions("test")),
+        run.preprocess.classes,
+        split="test",
+        group_word="group",
+        seed=run.recipe.seed,
     )
     assert {key: found[key] for key in again} == again
     assert found["predictions"] == "predictions_test.parquet"
@@ -125,6 +129,7 @@ def test_a_folder_named_like_a_split_does_not_replace_the_splits_predictions(run
 def test_the_interval_is_over_blocks_where_the_split_is_spatial(run):
     split = pd.read_parquet(run.split_file)
     split["block"] = [f"b{i // 2}" for i in range(len(split))]
+    run.write_info(split="blocks")
     split.to_parquet(run.split_file)
     found = evaluate(run)
     table = pd.read_parquet(run.predictions("test"))
