@@ -219,9 +219,11 @@ def test_warm_start_from_a_file(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_the_101_layer_twin() -> None:
-    source, target = trained("res2net101d", num_classes=10), create_model("res2netplus101d", num_classes=10)
-    assert convert(source, target, IMAGES, beta=SHARP).folded == 135
-    assert difference(source, target) < 1e-4
+    """In float64: with random weights the source's own float32 rounding moves its logits by 3e-4."""
+    source = trained("res2net101d", num_classes=10).double()
+    target = create_model("res2netplus101d", num_classes=10).double()
+    assert convert(source, target, [x.double() for x in IMAGES], beta=1e9).folded == 135
+    assert difference(source, target) < 1e-8
 
 
 def test_warm_start_says_what_it_needs() -> None:
