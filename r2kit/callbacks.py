@@ -20,7 +20,7 @@ from torch import Tensor
 from r2kit.backbones.warmstart import anneal_beta, set_beta
 from r2kit.console import duration
 from r2kit.run import Run, write_atomic
-from r2kit.tasks import ClassificationTask
+from r2kit.tasks import Task
 
 _COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_f1")
 
@@ -56,7 +56,7 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the row of the epoch and save; `Checkpoint` callbacks come after the module's own hook."""
-        assert isinstance(pl_module, ClassificationTask)
+        assert isinstance(pl_module, Task)
         found = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -166,7 +166,7 @@ class AnnealBeta(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set beta for the validation, and say whether the network is in its final form."""
-        assert isinstance(pl_module, ClassificationTask)
+        assert isinstance(pl_module, Task)
         pl_module.final_form = self._set(trainer, pl_module) == 1.0
 
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:

@@ -35,7 +35,7 @@ from r2kit.recipe import Recipe
 from r2kit.recipe_file import find_recipe, load_recipe
 from r2kit.report import write_report
 from r2kit.run import Run, installed_versions, write_atomic
-from r2kit.tasks import ClassificationTask
+from r2kit.tasks import ClassificationTask, Task
 
 _RUN_FOLDER = "R2KIT_RUN_FOLDER"  # tells the processes of the other devices where the first one made the run
 
@@ -154,7 +154,7 @@ class _Job:
     recipe: Recipe
     data: DataModule
     model: nn.Module
-    task: ClassificationTask
+    task: Task
     device: torch.device
     device_name: str
     precision: str

@@ -17,7 +17,7 @@ LEVELS = [
     {"recipe_file"},
     {"backbones"},
     {"data"},
-    {"losses", "metrics"},
+    {"losses", "metrics", "schedules"},
     {"models"},
     {"tasks"},
     {"run"},

@@ -6,7 +6,8 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from r2kit.recipe import Recipe
-from r2kit.tasks import ClassificationTask, classification_metrics, warmup_cosine
+from r2kit.schedules import warmup_cosine
+from r2kit.tasks import ClassificationTask, classification_metrics
 
 
 def outputs(count=23, classes=4):

@@ -1,0 +1,109 @@
+"""`r2kit data ...`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r2kit.cli.options import DataArgument, Overrides
+
+if TYPE_CHECKING:
+    from r2kit.recipe import Recipe
+
+data_app = typer.Typer(
+    help="Describe, divide and check data before training.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@data_app.command("stats")
+def data_stats(
+    data: DataArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures, as .csv or .parquet.")] = None,
+) -> None:
+    """Measure every band over all images: mean, deviation, range, percentiles, share without measurement."""
+    import numpy as np
+
+    from r2kit.console import make_console, table
+    from r2kit.data.sources import open_source
+    from r2kit.data.statistics import describe_bands
+    from r2kit.data.table import write_table
+
+    source = open_source(_recipe_of(data, overrides).data)
+    found = describe_bands(source, np.arange(len(source.manifest)))
+    if out is not None:
+        write_table(found.reset_index(), out)
+    rows = [[band, *(f"{value:.5g}" for value in row)] for band, row in zip(found.index, found.to_numpy(), strict=True)]
+    console = make_console()
+    console.print(table(f"bands of {found.attrs['images']} images, in raw units", ["band", *found.columns], rows))
+    console.print(f"percentiles: {found.attrs['percentiles']}")
+    for path, reason in source.skipped:
+        console.print(f"left out: {path}: {reason}")
+    if out is not None:
+        console.print(f"written: {out}")
+
+
+@data_app.command("split")
+def data_split(
+    data: DataArgument,
+    overrides: Overrides = None,
+    by: Annotated[
+        str, typer.Option(help="auto, blocks, group or stratified; auto as a recipe with this data would do.")
+    ] = "auto",
+    folds: Annotated[int | None, typer.Option(min=2, help="One file for each of so many folds: NAME-0, ...")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, .csv or .parquet.")] = Path("split.csv"),
+) -> None:
+    """Divide images into train, val and test, as a file that a recipe uses with data.split_file."""
+    from r2kit.data.sources import open_source
+    from r2kit.data.splits import PARTS, write_splits
+
+    extra = [f"data.split={by}"] + ([] if folds is None else [f"data.folds={folds}"])
+    recipe = _recipe_of(data, [*(overrides or []), *extra])
+    for path, split in write_splits(open_source(recipe.data), recipe.data, recipe.seed, out):
+        counts = ", ".join(f"{len(split.rows(part))} {part}" for part in PARTS)
+        typer.echo(f"{path}: {split.described}: {counts}")
+        for warning in split.warnings:
+            typer.echo(f"  note: {warning}")
+        typer.echo(f"  use it: r2kit finetune RECIPE data.root={data} data.split_file={path}")
+
+
+@data_app.command("check")
+def data_check(
+    data: DataArgument,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose data part says how images are divided; default: the defaults.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for check.html and manifest.parquet.")] = Path(
+        "data-check"
+    ),
+) -> None:
+    """Look for what would make a result untrue; exit code 1 if there is something, 2 if the data cannot be opened."""
+    from r2kit.data.check import check_data
+
+    verdict = check_data(_recipe_of(data, overrides, recipe), out)
+    for finding in verdict.findings:
+        typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
+        typer.echo(f"  mend: {finding.mend}")
+    typer.echo(f"written: {out / 'check.html'}, {out / 'manifest.parquet'}")
+    if verdict.untrue:
+        typer.echo("verdict: a result on this data would not be true")
+        raise typer.Exit(1)
+    typer.echo("verdict: nothing found that would make a result untrue")
+
+
+def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None) -> Recipe:
+    """The recipe, or the defaults, with DATA as its data."""
+    from r2kit.recipe_file import load_recipe
+
+    source, root = ("bluemarble", None) if data == "bluemarble" else ("auto", data)
+    if recipe is None:
+        return load_recipe({"data": {"source": source, "root": root}}, overrides or [])
+    # JSON is YAML, so that a path with any characters stays one text.
+    return load_recipe(recipe, [f"data.source={source}", f"data.root={json.dumps(root)}", *(overrides or [])])

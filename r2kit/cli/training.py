@@ -1,0 +1,76 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r2kit.cli.options import Overrides, RecipeArgument
+from r2kit.errors import R2kitError
+
+
+def _check_resume(resume: str | None, overwrite: bool) -> None:
+    """Refuse any word but auto, and two options of which one keeps what the other removes."""
+    if resume not in (None, "auto"):
+        raise R2kitError(f"--resume: got '{resume}', allowed is auto")
+    if overwrite and resume:
+        raise R2kitError("--overwrite and --resume contradict each other; give one of them")
+
+
+def finetune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder, named exactly; default runs/<recipe>-<n>.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Everything up to the first two steps; keeps nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto", help="auto: go on with the run that --out holds.")
+    ] = None,
+) -> None:
+    """Train, evaluate and explain a network as a recipe says."""
+    _check_resume(resume, overwrite)
+    from r2kit import train
+
+    if dry_run:
+        train.dry_run(recipe, overrides=overrides or [])
+    else:
+        train.finetune(recipe, out=out, overrides=overrides or [], overwrite=overwrite, resume=resume == "auto")
+
+
+def allocate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="macs=2.9G: multiply-adds; macs=0.8x: of the recipe's network; channels=1.0: of each block's 1x1."
+        ),
+    ] = ...,  # type: ignore[assignment]  # typer's word for an option that must be given
+    out: Annotated[
+        Path | None, typer.Option(help="The folder, named exactly; default runs/<recipe>-allocation-<n>.")
+    ] = None,
+    seed_width: Annotated[
+        float, typer.Option(help="Channels of each scale of the seed network over those of the block's 1x1.")
+    ] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the allocation that --out holds.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto", help="auto: go on with the seed network that --out holds.")
+    ] = None,
+) -> None:
+    """Learn on a recipe's data how many channels each scale of a ScaleNet should have."""
+    _check_resume(resume, overwrite)
+    from r2kit.allocate import allocate as learn
+
+    learn(
+        recipe,
+        budget=budget,
+        out=out,
+        overrides=overrides or [],
+        seed_width=seed_width,
+        overwrite=overwrite,
+        resume=resume == "auto",
+    )

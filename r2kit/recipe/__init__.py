@@ -1,0 +1,53 @@
+"""Every key of a recipe: its type, default, bound and meaning. The one home of defaults; imports no torch.
+
+A recipe is a tree of frozen, strict pydantic models. The text below each field is its documentation: `r2kit recipe
+schema`, `r2kit recipe new` and the error messages are made from it. Reading files and overrides is in
+`r2kit.recipe_file`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from r2kit.recipe.augment import AugmentSpec
+from r2kit.recipe.base import Spec
+from r2kit.recipe.data import BlueMarbleSpec, DataSpec
+from r2kit.recipe.model import ModelSpec
+from r2kit.recipe.task import ClassificationSpec
+from r2kit.recipe.train import TrainSpec
+
+__all__ = [
+    "AugmentSpec",
+    "BlueMarbleSpec",
+    "ClassificationSpec",
+    "DataSpec",
+    "ModelSpec",
+    "Recipe",
+    "Spec",
+    "TrainSpec",
+]
+
+
+class Recipe(Spec):
+    """A whole fine-tuning run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "recipe"
+    """Name of the run folder (runs/NAME-1, -2, ...) and of the report; a recipe file's own name by default."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The one seed behind weights, split, order, augmentation and mixing."""
+    data: DataSpec = DataSpec()
+    task: ClassificationSpec = ClassificationSpec()
+    model: ModelSpec = ModelSpec()
+    train: TrainSpec = TrainSpec()
+    augment: AugmentSpec = AugmentSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.model.warm_start and self.train.freeze != "none":
+            raise ValueError(
+                "train.freeze: a warm start changes the activation of every block while training, and what is frozen "
+                "could not follow; use train.freeze=none"
+            )
+        return self

