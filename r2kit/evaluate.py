@@ -23,7 +23,7 @@ from r2kit.data.splits import PARTS
 from r2kit.errors import DataError, RunError, did_you_mean
 from r2kit.inference import Classifier, load_images
 from r2kit.recipe import DataSpec
-from r2kit.result import PROBABILITY, Result, compute, summary_lines
+from r2kit.result import PROBABILITY, Result, calibrate, compute, summary_lines
 from r2kit.run import Run, write_atomic
 
 __all__ = ["evaluate", "summary_lines"]
@@ -71,6 +71,9 @@ def evaluate(
     stored = pd.read_parquet(run.predictions(target.name))
     result = compute(stored, preprocess.classes, split=target.name, seed=run.recipe.seed, group_word=target.group_word)
     result["predictions"] = run.predictions(target.name).name
+    result["calibrated"] = calibrate(
+        stored, _validation(run, target, classify, load), preprocess.classes, seed=run.recipe.seed
+    )
     if left_out is not None:
         result["baselines_left_out"] = left_out
     reported = data is None and target.name == _reported_split(run)
@@ -169,6 +172,27 @@ def _predict(
         probs.append(classify(image))
         features.append(statistics.numpy())
     return np.concatenate(probs), np.concatenate(features)
+
+
+def _validation(run: Run, target: _Target, classify: Classifier, load: dict[str, Any]) -> pd.DataFrame | str:
+    """The stored predictions of the run's validation images, made anew; or why there are none to calibrate on."""
+    if target.name == "val":
+        return "these are the validation images themselves; calibration is judged on others"
+    try:
+        module = run.datamodule() if target.module is None else target.module
+        module.setup()
+        source, rows = module.source, module.split.val
+        if rows.size == 0:
+            return "the run held out no validation images"
+        own = _Target("val", source, rows, module.labels[rows], *_groups(run, source, rows), module)
+        probs, _ = _predict(source, rows, run.preprocess, classify, {**load, "start_method": source.start_method})
+    except DataError as error:
+        if target.module is not None:
+            raise
+        return f"the run's validation images cannot be read ({error})"
+    file = run.predictions("val")
+    _write_parquet(_table(source, own, run.preprocess.classes, probs), file)
+    return pd.read_parquet(file)
 
 
 def _refuse_failed(failed: Sequence[tuple[int, str]]) -> None:

@@ -87,6 +87,7 @@ def write_report(run: Run) -> Path:
         recipe=run.recipe,
         info=run.info,
         result=figures,
+        calibrated=figures.get("calibrated", {}),
         sentences=result,
         bars=_bars(figures),
         tiles=_facts(run, figures),

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from r2kit import metrics
+from r2kit import calibration, metrics
 from r2kit.errors import RunError
 
 PROBABILITY = "prob_"
@@ -26,6 +26,9 @@ BASELINES = {
     "logistic": "logistic regression on the mean and standard deviation of each band",
 }
 """Names of the baselines and what they are."""
+
+COVERAGES = (0.8, 0.9, 0.95)
+"""Coverages that label sets are made for."""
 
 Result = dict[str, Any]
 """The contents of metrics.json; see `compute`."""
@@ -139,6 +142,52 @@ def compute(
     return result
 
 
+def calibrate(
+    table: pd.DataFrame, fitted_on: pd.DataFrame | str, classes: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
+    """Fit a temperature and the thresholds of label sets on validation images, and judge them on the evaluated ones.
+
+    Args:
+        table: Predictions of the evaluated images.
+        fitted_on: Predictions of the validation images, or why there are none.
+        classes: Names of the classes, K of them.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        JSON primitives: `images` fitted on; `temperature`; `calibration_error` and `log_loss` before and after, as
+        numbers; `sets`, one for each of `COVERAGES`: the promised and the seen coverage, the mean number of classes in
+        a set, the share of sets with one class. Only `left_out` where nothing could be fitted.
+    """
+    if isinstance(fitted_on, str):
+        return {"left_out": fitted_on}
+    fit_label, fit_probs = labels(fitted_on, "label", classes), probabilities(fitted_on, classes)
+    label, probs, group = labels(table, "label", classes), probabilities(table, classes), groups(table)
+    temperature = calibration.fit_temperature(fit_probs, fit_label)
+    scaled = calibration.rescale(probs, temperature)
+    sets = []
+    for coverage in COVERAGES:
+        threshold = calibration.conformal_threshold(fit_probs, fit_label, coverage)
+        inside = calibration.label_sets(probs, threshold)
+        covered = inside[np.arange(len(label)), label].astype(np.float64)
+        size = inside.sum(axis=1)
+        sets.append(
+            {
+                "promised": coverage,
+                "threshold": threshold,
+                "coverage": metrics.bootstrap_interval(covered, group, seed=seed).to_dict(),
+                "mean_size": _finite(float(size.mean())) if size.size else None,
+                "single": _finite(float((size == 1).mean())) if size.size else None,
+            }
+        )
+    return {
+        "images": len(fitted_on),
+        "temperature": temperature,
+        "calibration_error": [_finite(metrics.calibration_error(p, label)) for p in (probs, scaled)],
+        "log_loss": [_finite(metrics.log_loss(p, label)) for p in (probs, scaled)],
+        "sets": sets,
+    }
+
+
 def headline(result: Result) -> str:
     """Return the result, its interval and the baselines as one plain sentence."""
     sentence = f"{percent(result['accuracy']['value'])} of the {images_of(result)} are classified correctly"
@@ -179,6 +228,11 @@ def caveats(result: Result) -> list[str]:
         found.append(f"About the interval: {result['accuracy']['reason']}.")
     if result.get("baselines_left_out"):
         found.append(f"No baselines beside it: {result['baselines_left_out']}")
+    if result["groups"] is not None and "temperature" in result.get("calibrated", {}):
+        found.append(
+            f"The promise of label sets holds for images drawn like the validation images; here whole "
+            f"{result['group_word']}s were held out, so read the seen coverage."
+        )
     empty = [row["class"] for row in result["per_class"] if row["support"] == 0]
     if empty:
         found.append(f"No image of {_listed(empty)} is in this set, so nothing is known about that class.")
@@ -196,6 +250,7 @@ def summary_lines(result: Result) -> list[str]:
         lines.append(f"  {verdict(result)}")
     error = percent(result["calibration_error"]["value"])
     lines.append(f"macro F1 {with_interval(result['macro_f1'])}, calibration error {error}")
+    lines += calibrated_lines(result)
     rows = {row["class"]: row for row in result["per_class"]}
     for name in result["worst_classes"]:
         row = rows[name]
@@ -203,6 +258,25 @@ def summary_lines(result: Result) -> list[str]:
     for pair in result["confusion_pairs"][:3]:
         lines.append(f"  taken for another: {pair['label']} as {pair['pred']}, {_count(pair['images'], 'image')}")
     return lines + [f"note: {note}" for note in caveats(result)]
+
+
+def calibrated_lines(result: Result) -> list[str]:
+    """Return what temperature scaling and label sets give, one sentence each; nothing where they were left out."""
+    found = result.get("calibrated", {})
+    if "temperature" not in found:
+        return []
+    before, after = (percent(value) for value in found["calibration_error"])
+    lines = [
+        f"temperature {found['temperature']:.2f}, fitted on {_count(found['images'], 'validation image')}: calibration "
+        f"error {before} before, {after} after"
+    ]
+    for row in found["sets"]:
+        if row["promised"] == 0.9:
+            lines.append(
+                f"label sets with {percent(row['promised'])} promised coverage: {with_interval(row['coverage'])} seen, "
+                f"{row['mean_size']:.1f} classes a set"
+            )
+    return lines
 
 
 def percent(share: float | None) -> str:

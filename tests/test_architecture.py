@@ -17,7 +17,7 @@ LEVELS = [
     {"recipe_file"},
     {"backbones"},
     {"data"},
-    {"losses", "metrics", "schedules"},
+    {"losses", "metrics", "schedules", "calibration"},
     {"models"},
     {"tasks"},
     {"run"},

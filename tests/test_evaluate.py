@@ -56,6 +56,17 @@ def test_stored_figures_are_those_of_the_stored_table(run):
     assert summary_lines(found)[0].startswith("test accuracy")
 
 
+def test_calibration_comes_from_the_stored_predictions_of_validation(run):
+    found = evaluate(run)
+    stored = pd.read_parquet(run.predictions("val"))
+    assert found["calibrated"] == result.calibrate(
+        pd.read_parquet(run.predictions("test")), stored, run.preprocess.classes, seed=run.recipe.seed
+    )
+    held = pd.read_parquet(run.split_file)
+    assert sorted(stored["id"]) == sorted(held["id"][held["split"] == "val"])
+    assert "judged on others" in evaluate(run, split="val")["calibrated"]["left_out"]
+
+
 def test_nothing_depends_on_the_batch_size(run):
     first = evaluate(run, batch_size=1)
     one = pd.read_parquet(run.predictions("test"))

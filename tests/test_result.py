@@ -131,3 +131,27 @@ def test_a_table_of_other_classes_is_refused():
         result.compute(table(), ("arid", "cold"), split="test")
     with pytest.raises(RunError, match="column 'prob_cold' is missing"):
         result.compute(table().drop(columns="prob_cold"), CLASSES, split="test")
+
+
+def test_calibration_is_fitted_on_validation_and_judged_on_the_rest():
+    frame, validation = table(count=300, skill=0.9), table(count=200, seed=1, skill=0.9)
+    found = result.calibrate(frame, validation, CLASSES, seed=2)
+    # Right in 0.93 of the cases at a stated 0.6: underconfident, so the temperature goes below 1.
+    assert found["temperature"] < 0.6
+    assert found["calibration_error"][1] < found["calibration_error"][0]
+    assert found["log_loss"][1] < found["log_loss"][0]
+    assert found["images"] == 200
+    for row in found["sets"]:
+        assert abs(row["coverage"]["value"] - row["promised"]) < 0.25
+        assert row["coverage"]["units"] == "groups"
+        assert 1.0 <= row["mean_size"] <= 3.0
+    whole = {**result.compute(frame, CLASSES, split="test"), "calibrated": found}
+    assert "fitted on 200 validation images" in result.calibrated_lines(whole)[0]
+    assert any("promise of label sets" in note for note in result.caveats(whole))
+    json.dumps(found, allow_nan=False)
+
+
+def test_without_validation_images_nothing_is_calibrated():
+    whole = {**result.compute(table(), CLASSES, split="test"), "calibrated": {"left_out": "there are none"}}
+    assert result.calibrate(table(), "there are none", CLASSES) == {"left_out": "there are none"}
+    assert result.calibrated_lines(whole) == []
