@@ -12,6 +12,7 @@ import r2kit
 from r2kit import train
 from r2kit.callbacks import Recorder
 from r2kit.errors import ModelError, RecipeError, RunError
+from r2kit.models import build_model
 
 pytestmark = [
     # Lightning names the number of loader processes; r2kit chooses it.
@@ -119,7 +120,7 @@ def test_resume_of_another_recipe_names_the_difference(finished_run, quick_recip
 def test_frozen_backbone_stands_still(quick_recipe, tmp_path):
     overrides = ["train.freeze=backbone", "train.epochs=1"]
     run = r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "frozen", quiet=True)
-    start = train.build_model(
+    start = build_model(
         run.recipe.model, num_classes=3, bands=("red", "green", "blue")
     )  # other weights, same statistics
     trained = load_file(run.weights_file)

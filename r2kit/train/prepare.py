@@ -1,0 +1,104 @@
+"""Everything that training needs, made ready: the data, the network, the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+
+from r2kit.backbones.measure import count_macs, count_parameters
+from r2kit.backbones.weights import LoadReport
+from r2kit.benchmark import measure_throughput
+from r2kit.console import quiet_libraries
+from r2kit.data.datamodule import DataModule
+from r2kit.data.loader import Loader
+from r2kit.errors import RecipeError
+from r2kit.models import build_model, fit_preprocess, memory_format
+from r2kit.recipe import Recipe
+from r2kit.tasks import ClassificationTask, Task
+
+
+@dataclass
+class Job:
+    """Everything that training needs, ready."""
+
+    recipe: Recipe
+    data: DataModule
+    model: nn.Module
+    task: Task
+    device: torch.device
+    device_name: str
+    precision: str
+    parameters: int
+    macs: int
+    speed: float
+    loaded: list[str]
+
+
+def prepare(recipe: Recipe, console: Console) -> Job:
+    """Open the data, build and measure the network."""
+    quiet_libraries()
+    device, device_name, precision = choose_device(recipe)
+    with console.status("reading the data"):
+        data = DataModule(recipe.data, recipe.augment, seed=recipe.seed, batch_size=recipe.train.batch_size)
+        data.setup()
+    L.seed_everything(recipe.seed, verbose=False)
+    bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
+
+    def images(report: LoadReport) -> Loader:
+        data.preprocess, _ = fit_preprocess(data.preprocess, report)
+        return data.train_dataloader()
+
+    model = build_model(recipe.model, num_classes=classes, bands=data.preprocess.bands, images=images)
+    report: LoadReport | None = model.load_report  # type: ignore[assignment]
+    data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
+    model = model.to(memory_format=memory_format(recipe.train.channels_last))
+    task = ClassificationTask(recipe, model, classes)
+    size = recipe.data.size
+    with console.status("measuring the network"):
+        speed = measure_throughput(
+            model,
+            (bands, *size),
+            recipe.train.batch_size,
+            training=True,
+            device=device,
+            channels_last=recipe.train.channels_last,
+        )
+    return Job(
+        recipe,
+        data,
+        model,
+        task,
+        device,
+        device_name,
+        precision,
+        count_parameters(model),
+        count_macs(model, (bands, *size)),
+        speed,
+        [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
+    )
+
+
+def choose_device(recipe: Recipe) -> tuple[torch.device, str, str]:
+    """Return the device, its name, and Lightning's word for the precision.
+
+    Raises:
+        RecipeError: If the recipe asks for what the machine does not have.
+    """
+    spec = recipe.train
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda", 0), torch.cuda.get_device_name(0)
+        if isinstance(spec.devices, int) and spec.devices > torch.cuda.device_count():
+            raise RecipeError(
+                f"train.devices: {spec.devices} asked for, this machine has {torch.cuda.device_count()} GPU"
+            )
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    else:
+        device, name, best = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", "fp32"
+    precision = best if spec.precision == "auto" else spec.precision
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
+    return device, name, {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision]

@@ -1,0 +1,66 @@
+"""What training says: everything about a run before it starts, and its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from r2kit.console import duration, table
+from r2kit.evaluate import summary_lines
+from r2kit.run import Run, installed_versions
+from r2kit.train.prepare import Job
+
+
+def print_start(console: Console, job: Job) -> None:
+    """Print versions, device, data, network and the estimated time."""
+    recipe, data = job.recipe, job.data
+    versions = installed_versions()
+    console.print("  ".join(f"{name} {versions[name]}" for name in ("r2kit", "torch", "lightning", "timm")))
+    console.print(f"device: {job.device_name}, precision {job.precision}, seed {recipe.seed}")
+    console.print(f"data: {data.source.name}, split: {data.split.described}")
+    for warning in data.split.warnings:
+        console.print(f"  note: {warning}")
+    for path, reason in data.skipped[:5]:
+        console.print(f"  left out: {path}: {reason}")
+    if len(data.skipped) > 5:
+        console.print(f"  and {len(data.skipped) - 5} more left out")
+    counts = data.counts()
+    rows = [[name, *row] for name, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)]
+    rows.append(["all", *counts.sum().tolist()])
+    console.print(table("images", ["class", *counts.columns], rows))
+    prep = data.preprocess
+    bands = [[band, f"{m:.4g}", f"{s:.4g}"] for band, m, s in zip(prep.bands, prep.mean, prep.std, strict=True)]
+    console.print(table(f"normalisation (of pixel values divided by {prep.scale:g})", ["band", "mean", "std"], bands))
+    frozen = "nothing is frozen" if job.task.frozen is None else f"{job.task.frozen.parameters:,} parameters are frozen"
+    pretrained = recipe.model.pretrained
+    if isinstance(pretrained, bool):
+        start = "published ImageNet weights" if pretrained else "random weights"
+    else:
+        start = f"weights of {pretrained}"
+    height, width = recipe.data.size
+    console.print(
+        f"model: {recipe.model.name}, {start}, {job.parameters:,} parameters, {job.macs / 1e9:.3g} GMACs at "
+        f"{height}x{width}, {job.speed:.1f} training images/s measured here; {frozen}"
+    )
+    for line in job.loaded:
+        console.print(f"  {line}")
+    passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
+    console.print(f"estimated training time: {duration(passes / job.speed)}")
+
+
+def print_result(
+    console: Console, run: Run, metrics: dict[str, Any], best_epoch: int, seconds: tuple[float, float, float]
+) -> None:
+    """Print the result, what it stands beside, the seconds (training, evaluation, all), and what to do next."""
+    training, evaluation, total = (duration(value) for value in seconds)
+    console.print()
+    console.print(f"best epoch: {best_epoch + 1} of {run.recipe.train.epochs}")
+    for line in summary_lines(metrics):
+        console.print(line)
+    console.print(f"time: {total}, of which {training} training and {evaluation} evaluation and report")
+    console.print(f"run folder: {run.path}  (start with {run.report})")
+    console.print("next:")
+    console.print(f"  r2kit evaluate {run.path}")
+    console.print(f"  r2kit predict {run.path} path/to/images")
+    console.print(f"  r2kit report {run.path}")
