@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from albumentations.augmentations.crops.transforms import BaseCrop
 from r2kit.data.preprocess import missing_pixels
 
 Preset = Literal["overhead", "natural", "none"]
+_MIN_VISIBLE = 0.2  # a box of which less is left after a cut no longer shows what its label says
 
 
 class RandomWindow(BaseCrop):
@@ -105,6 +107,22 @@ class BandLight(A.ImageOnlyTransform):
         return result if missing is None else np.where(missing, img, result)
 
 
+@dataclass(frozen=True)
+class Augmented:
+    """An augmented image with what belongs to its places."""
+
+    image: np.ndarray
+    """(h, w, C), the type it came in."""
+    mask: np.ndarray | None
+    """(h, w), the type it came in; None where none was given."""
+    boxes: np.ndarray | None
+    """(M, 4) float32, x1 y1 x2 y2 in pixels, of the boxes that are still seen; None where none were given."""
+    kept: np.ndarray | None
+    """(M,) int64, which of the given boxes these are: for their labels."""
+    masks: np.ndarray | None
+    """(M, h, w), one mask for each box that is still seen; None where none were given."""
+
+
 class Augment:
     """A preset of transforms as a pure function of an image and a key.
 
@@ -115,22 +133,10 @@ class Augment:
     """
 
     def __init__(self, preset: Preset, nodata: float | None = None) -> None:
-        steps: list[Any]
-        if preset == "overhead":
-            steps = [
-                RandomWindow(area=(0.7, 1.0), stretch=1.1, p=0.8),
-                A.D4(p=1.0),
-                BandLight(brightness=0.1, contrast=0.1, balance=0.03, nodata=nodata, p=0.8),
-            ]
-        elif preset == "natural":
-            steps = [
-                RandomWindow(area=(0.4, 1.0), stretch=1.33, p=1.0),
-                A.HorizontalFlip(p=0.5),
-                BandLight(brightness=0.25, contrast=0.25, balance=0.05, nodata=nodata, p=0.8),
-            ]
-        else:
-            steps = []
+        steps = _steps(preset, nodata)
         self._pipeline = A.Compose(steps) if steps else None
+        boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
+        self._with_boxes = A.Compose(_steps(preset, nodata), bbox_params=boxes) if steps else None
 
     def __call__(self, raw: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         """Augment one image.
@@ -144,7 +150,74 @@ class Augment:
         """
         if self._pipeline is None:
             return raw
-        words = np.random.SeedSequence(key).generate_state(3, np.uint64)
-        # One generator for the whole pipeline: set_random_seed would start every transform from the same state.
-        self._pipeline.set_random_state(np.random.default_rng(words[:2]), random.Random(int(words[2])))
+        _seed(self._pipeline, key)
         return self._pipeline(image=raw)["image"]
+
+    def with_targets(
+        self,
+        raw: np.ndarray,
+        key: tuple[int, ...],
+        *,
+        mask: np.ndarray | None = None,
+        boxes: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
+    ) -> Augmented:
+        """Augment one image as `__call__` does, and move what belongs to its places with it.
+
+        Args:
+            raw: (H, W, C) raw pixels of any real type; not changed.
+            key: As of `__call__`; the image is the same as there.
+            mask: (H, W) of any real type; its values stay what they are.
+            boxes: (N, 4), x1 y1 x2 y2 in pixels. A box of which less than a fifth is still seen is left out, the others
+                end at the border.
+            masks: (N, H, W), one for each box.
+        """
+        if masks is not None and (boxes is None or len(masks) != len(boxes)):
+            raise ValueError("masks: one for each box is needed")
+        if self._pipeline is None or self._with_boxes is None:
+            kept = None if boxes is None else np.arange(len(boxes))
+            return Augmented(raw, mask, None if boxes is None else boxes.astype(np.float32), kept, masks)
+        pipeline = self._pipeline if boxes is None else self._with_boxes
+        given: dict[str, Any] = {} if mask is None else {"mask": mask}
+        if boxes is not None:
+            given |= {"bboxes": np.asarray(boxes, np.float32).reshape(-1, 4), "position": np.arange(len(boxes))}
+        if masks is not None and len(masks):
+            given["masks"] = masks.view(np.uint8) if masks.dtype == bool else masks
+        _seed(pipeline, key)
+        result = pipeline(image=raw, **given)
+        kept = None if boxes is None else np.asarray(result["position"], dtype=np.int64)
+        if masks is not None:
+            shape = result["image"].shape[:2]
+            moved = np.asarray(result["masks"]) if len(masks) else np.zeros((0, *shape), masks.dtype)
+            masks = moved[kept].astype(masks.dtype)
+        return Augmented(
+            result["image"],
+            result.get("mask"),
+            None if boxes is None else np.asarray(result["bboxes"], np.float32).reshape(-1, 4),
+            kept,
+            masks,
+        )
+
+
+def _steps(preset: Preset, nodata: float | None) -> list[Any]:
+    """The transforms of a preset, new ones at each call: a pipeline writes into its transforms."""
+    if preset == "overhead":
+        return [
+            RandomWindow(area=(0.7, 1.0), stretch=1.1, p=0.8),
+            A.D4(p=1.0),
+            BandLight(brightness=0.1, contrast=0.1, balance=0.03, nodata=nodata, p=0.8),
+        ]
+    if preset == "natural":
+        return [
+            RandomWindow(area=(0.4, 1.0), stretch=1.33, p=1.0),
+            A.HorizontalFlip(p=0.5),
+            BandLight(brightness=0.25, contrast=0.25, balance=0.05, nodata=nodata, p=0.8),
+        ]
+    return []
+
+
+def _seed(pipeline: A.Compose, key: tuple[int, ...]) -> None:
+    """Let all transforms of a pipeline draw from one generator that the key alone determines."""
+    words = np.random.SeedSequence(key).generate_state(3, np.uint64)
+    # One generator for the whole pipeline: set_random_seed would start every transform from the same state.
+    pipeline.set_random_state(np.random.default_rng(words[:2]), random.Random(int(words[2])))

@@ -145,3 +145,67 @@ def test_light_does_not_touch_missing_pixels() -> None:
     result = light(holes, 1)
     assert np.isnan(result[0]).all()
     assert np.isfinite(result[1:]).all()
+
+
+# What belongs to places ----------------------------------------------------------------------------------------------
+
+
+def rectangles(count: int = 3, size: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (N, 4) that do not touch, and the mask (H, W) with the number of each, from 1, painted into it."""
+    rng, mask, boxes = np.random.default_rng(seed), np.zeros((size, size + 20), np.uint8), []
+    for number in range(count):
+        top, height, width = number * (size // count), *rng.integers(6, size // count, 2)
+        left = int(rng.integers(0, size + 20 - width))
+        mask[top : top + height, left : left + width] = number + 1
+        boxes.append([left, top, left + width, top + height])
+    return np.array(boxes, dtype=np.float32), mask
+
+
+@pytest.mark.parametrize("preset", ["overhead", "natural"])
+def test_masks_and_boxes_follow_the_image_to_the_pixel(preset) -> None:
+    augment = Augment(preset)
+    shapes, dropped = set(), 0
+    for seed in range(40):
+        boxes, mask = rectangles(seed=seed)
+        raw = np.repeat(mask[..., None], 3, axis=2).astype(np.float32)
+        flat = Augment(preset)
+        for pipeline in (augment._pipeline, augment._with_boxes, flat._pipeline):
+            pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, BandLight)]
+        got = augment.with_targets(
+            raw, (1, seed), mask=mask, boxes=boxes, masks=np.stack([mask == i for i in (1, 2, 3)])
+        )
+        np.testing.assert_array_equal(got.image, flat(raw, (1, seed)))  # the image is that of the call without targets
+        np.testing.assert_array_equal(got.image[..., 0], got.mask)
+        assert got.mask.dtype == np.uint8
+        assert got.masks.dtype == bool
+        assert len(got.boxes) == len(got.kept) == len(got.masks)
+        for box, number, one in zip(got.boxes, got.kept, got.masks, strict=True):
+            np.testing.assert_array_equal(one, got.mask == number + 1)
+            rows, columns = np.nonzero(one)
+            seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            np.testing.assert_allclose(box, seen, atol=1e-3)
+        for number in set(range(3)) - set(got.kept.tolist()):
+            dropped += 1
+            area = (boxes[number, 2] - boxes[number, 0]) * (boxes[number, 3] - boxes[number, 1])
+            assert (got.mask == number + 1).sum() < 0.2 * area + 1e-3
+        shapes.add(got.mask.shape)
+    assert len(shapes) > 10
+    assert dropped > 0
+
+
+def test_an_image_without_boxes_and_one_with_boxes_are_turned_alike() -> None:
+    boxes, mask = rectangles()
+    raw, augment = np.repeat(mask[..., None], 3, axis=2), Augment("overhead")
+    plain = augment(raw, (4, 2))
+    none = augment.with_targets(raw, (4, 2), boxes=np.zeros((0, 4)), masks=np.zeros((0, *mask.shape), bool))
+    np.testing.assert_array_equal(none.image, plain)
+    assert none.boxes.shape == (0, 4)
+    assert none.masks.shape == (0, *plain.shape[:2])
+    np.testing.assert_array_equal(augment.with_targets(raw, (4, 2), boxes=boxes).image, plain)
+    np.testing.assert_array_equal(augment.with_targets(raw, (4, 2)).image, plain)
+    still = Augment("none").with_targets(raw, (4, 2), mask=mask, boxes=boxes)
+    assert still.mask is mask
+    np.testing.assert_array_equal(still.boxes, boxes)
+    assert still.kept.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="one for each box"):
+        augment.with_targets(raw, (4, 2), masks=np.zeros((1, *mask.shape), bool))
