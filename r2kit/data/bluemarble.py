@@ -31,7 +31,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 import r2kit
 from r2kit.cache import cache_folder
-from r2kit.data.sources import fingerprint_of
+from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError, require
 from r2kit.recipe import BlueMarbleSpec
 
@@ -58,6 +58,7 @@ class BlueMarble:
     """
 
     name = "bluemarble"
+    target: Target = "class"
     classes: tuple[str, ...] = CLASSES
     bands: tuple[str, ...] = ("red", "green", "blue")
     scale = 255.0

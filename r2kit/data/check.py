@@ -14,7 +14,8 @@ import pandas as pd
 from PIL import Image
 
 from r2kit.data.files import is_flat, pixel_hash
-from r2kit.data.leaks import Finding, find_leaks
+from r2kit.data.findings import TARGET_CHECKS, Finding
+from r2kit.data.leaks import find_leaks
 from r2kit.data.perceptual import coefficients, near_copies
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.sources import Source, open_source
@@ -84,6 +85,8 @@ def check_data(recipe: Recipe, out: Path) -> Verdict:
             Finding("split", False, note, "see r2kit data split, or data.split in the recipe")
             for note in split.warnings
         ]
+    for check in TARGET_CHECKS[source.target]:
+        findings += check(source)
     findings += _copies(manifest, measured, lows)
     findings += _balance(manifest)
     findings += _drift(manifest, measured, source.bands)

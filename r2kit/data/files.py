@@ -21,7 +21,7 @@ import pandas as pd
 
 from r2kit.cache import cache_folder
 from r2kit.data.reader import ImageInfo, examine_image, read_image
-from r2kit.data.sources import fingerprint_of
+from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError
 
 _CHECK = 3  # raise when the reader starts to accept, refuse or describe files in another way
@@ -42,6 +42,7 @@ class ImageFiles:
         DataError: If there is one class only, an image cannot be used, or a class has no usable image.
     """
 
+    target: Target = "class"
     in_memory = False
 
     def __init__(

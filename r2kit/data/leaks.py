@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import rasterio.warp
 from scipy.spatial import cKDTree
 
+from r2kit.data.findings import Finding
 from r2kit.data.sources import Source
 from r2kit.data.splits import PARTS, Split
 from r2kit.errors import DataError
@@ -22,22 +22,6 @@ MIN_OVERLAP = 0.01
 """Share of the smaller footprint above which two count as overlapping; neighbouring tiles may share an edge."""
 _MIN_OVERLAP_ACROSS = 0.25  # between coordinate systems: rectangles grow when they are turned into degrees
 _CHUNK = 512
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a person should know about the data."""
-
-    kind: str
-    """Short name."""
-    untrue: bool
-    """Whether a result on this data would not be true; otherwise a warning."""
-    text: str
-    """What was found, one line."""
-    mend: str
-    """The command or recipe key that mends it."""
-    pairs: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
-    """(N, 2) rows of the manifest that belong together; of a leak, first the one that should give way."""
 
 
 def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -> list[Finding]:

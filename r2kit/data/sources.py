@@ -6,13 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import pandas as pd
 
 from r2kit.recipe import DataSpec
 
+Target = Literal["class", "classes", "mask", "boxes"]
 MANIFEST_COLUMNS = ("id", "path", "label", "split", "group", "lon", "lat")
 
 
@@ -21,6 +22,8 @@ class Source(Protocol):
 
     name: str
     """Short name for logs and run.json."""
+    target: Target
+    """What a row carries beside its image: one class, several classes, a mask, or boxes."""
     classes: tuple[str, ...]
     """Class names; a label is a position in it."""
     bands: tuple[str, ...]

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from rasterio.transform import Affine
 
+from r2kit.data import findings
 from r2kit.data.check import Verdict, check_data
+from r2kit.data.findings import Finding
 from r2kit.recipe_file import load_recipe
 from tests.data.test_perceptual import scene
 
@@ -61,6 +63,19 @@ def test_copies_across_parts_make_a_result_untrue(scenes: Path) -> None:
 
     dropped = check(scenes, "data.on_leak=drop")
     assert kinds(dropped, True) == ["near copies"]
+
+
+def test_each_kind_of_target_has_its_own_checks(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd_rows(source) -> list[Finding]:
+        rows = np.arange(1, len(source.manifest), 2)[:, None]
+        return [Finding("targets", True, f"{len(rows)} targets are odd", "make them even", rows)]
+
+    monkeypatch.setitem(findings.TARGET_CHECKS, "mask", (odd_rows,))
+    assert kinds(check(scenes), True) == []
+    monkeypatch.setitem(findings.TARGET_CHECKS, "class", (odd_rows,))
+    verdict = check(scenes)
+    assert [(finding.kind, finding.untrue) for finding in verdict.findings] == [("targets", True)]
+    assert (scenes.parent / "out" / "check.html").read_text().count("data:image/png;base64,") == 6
 
 
 def test_files_classes_and_splits(scenes: Path) -> None:
