@@ -27,7 +27,7 @@ LEVELS = [
     {"report"},
     {"train"},
     {"fastai"},
-    {"allocate"},
+    {"allocate", "compare"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}

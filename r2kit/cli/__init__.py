@@ -26,6 +26,7 @@ app = typer.Typer(
 for command in (
     training.finetune,
     training.allocate,
+    training.compare,
     after.evaluate,
     after.predict,
     after.report,

@@ -74,3 +74,21 @@ def allocate(
         overwrite=overwrite,
         resume=resume == "auto",
     )
+
+
+def compare(
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Finished runs, the base first; with --recipe, KEY.PATH=VALUE changes."
+        ),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Train --models by this recipe, then compare them.")] = None,
+    models: Annotated[str | None, typer.Option(help="Names, separated by commas; the first is the base.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each network, counted up from the recipe's.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.html and new runs.")] = Path("compared"),
+) -> None:
+    """Compare runs on the same images: paired differences with intervals, and what each costs."""
+    from r2kit.compare import compare_command
+
+    compare_command(given or [], recipe=recipe, models=models, seeds=seeds, out=out)
