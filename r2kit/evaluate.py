@@ -131,7 +131,9 @@ def _groups(run: Run, source: Source, rows: NDArray[np.int64]) -> tuple[NDArray[
 def _other_target(run: Run, folder: Path, split: str) -> _Target:
     """The rows of a folder that is not the run's own; the module checks its classes and bands against the run's."""
     recipe = run.recipe
-    spec = DataSpec(root=str(folder), image_size=recipe.data.image_size, resize=recipe.data.resize)
+    spec = DataSpec(
+        root=str(folder), bands=run.preprocess.bands, image_size=recipe.data.image_size, resize=recipe.data.resize
+    )
     module = DataModule(spec, recipe.augment, seed=recipe.seed, batch_size=64, preprocess=run.preprocess, all_test=True)
     module.setup()
     manifest = module.source.manifest

@@ -355,7 +355,10 @@ def _member(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         items = [item for item in typing.get_args(annotation) if item is not Ellipsis]
-        return f"a list of {len(items)}, each {_member(items[0])}"
+        either = typing.get_origin(items[0]) in (typing.Union, types.UnionType)
+        each = typing.get_args(items[0]) if either else (items[0],)
+        count = "" if Ellipsis in typing.get_args(annotation) else f" of {len(items)}"
+        return f"a list{count}, each {' or '.join(_member(one) for one in each)}"
     word = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(annotation, "a value")
     bounds = []
     for item in metadata:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from r2kit.cache import cache_folder
-from r2kit.data.reader import ImageInfo, examine_image, read_image
+from r2kit.data.reader import ImageInfo, choose_bands, examine_image, read_image
 from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError
 
@@ -35,6 +35,7 @@ class ImageFiles:
         root: Folder that the ids are relative to.
         listed: One row per image: id (unique), class (name), part (or None), group (or None), lon and lat in degrees
             (NaN: taken from the file's own georeference).
+        bands: Names of the bands to read, or their positions from 1, in this order; None for all.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
 
@@ -46,14 +47,21 @@ class ImageFiles:
     in_memory = False
 
     def __init__(
-        self, name: str, root: Path, listed: pd.DataFrame, *, on_bad_file: Literal["error", "skip"], workers: int
+        self,
+        name: str,
+        root: Path,
+        listed: pd.DataFrame,
+        *,
+        bands: Sequence[str | int] | None = None,
+        on_bad_file: Literal["error", "skip"],
+        workers: int,
     ) -> None:
         self.name = name
         self.classes: tuple[str, ...] = tuple(sorted(listed["class"].unique()))
         checks = check_files(name, root, listed["id"].tolist(), workers)
         listed = listed.merge(checks, on="id", how="left", validate="one_to_one", suffixes=("", "_found"))
 
-        reasons, common = _refused(listed)
+        reasons, common = _refused(name, listed, bands)
         self.skipped = [(str(root / identity), reason) for identity, reason in reasons.items()]
         if self.skipped and on_bad_file == "error":
             raise DataError(_bad_files_message(self.skipped, len(listed)))
@@ -122,13 +130,20 @@ def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.D
     return pd.DataFrame(rows).drop(columns=["stamp", "check"])
 
 
-def _refused(listed: pd.DataFrame) -> tuple[dict[str, str], ImageInfo | None]:
-    """Reason for every image that cannot be used, and what all others have in common."""
+def _refused(
+    name: str, listed: pd.DataFrame, wanted: Sequence[str | int] | None
+) -> tuple[dict[str, str], ImageInfo | None]:
+    """Reason for every image that cannot be used, and what all others have in common, with the bands asked for."""
     reasons = {i: e for i, e in zip(listed["id"], listed["error"], strict=True) if isinstance(e, str)}
     good = listed[~listed["id"].isin(reasons)]
-    kinds = list(zip(good["bands"].map(tuple), good["dtype"], good["scale"], strict=True))
-    if not kinds:
+    if good.empty:
         return reasons, None
+    own = good["bands"].map(tuple)
+    if wanted is not None:  # what the files hold beside the chosen bands does not matter
+        usual = Counter(own).most_common(1)[0][0]
+        choose_bands(wanted, usual, f"{name}: data.bands")
+        own = own.map(lambda bands: _chosen(wanted, bands) or bands)
+    kinds = list(zip(own, good["dtype"], good["scale"], strict=True))
     (bands, dtype, scale), _ = Counter(kinds).most_common(1)[0]
     nodata = Counter(value for value in good["nodata"].tolist() if value is not None and not np.isnan(value))
     most = nodata.most_common(1)[0][0] if nodata else None
@@ -142,6 +157,14 @@ def _refused(listed: pd.DataFrame) -> tuple[dict[str, str], ImageInfo | None]:
             reasons[identity] = f"declares nodata {value:g}, others {most:g}"
     reasons |= _contradictory(good)
     return reasons, ImageInfo(bands, dtype, scale, most, float("nan"), float("nan"))
+
+
+def _chosen(wanted: Sequence[str | int], bands: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The wanted bands of one file, None where it lacks one."""
+    try:
+        return choose_bands(wanted, bands, "")
+    except DataError:
+        return None
 
 
 def _contradictory(good: pd.DataFrame) -> dict[str, str]:

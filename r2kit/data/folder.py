@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ class ImageFolder(ImageFiles):
 
     Args:
         root: The folder.
+        bands: Names of the bands to read, or their positions from 1, in this order; None for all.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
 
@@ -27,13 +29,20 @@ class ImageFolder(ImageFiles):
         DataError: If the folder is missing or holds no classes, a class is empty, or an image cannot be used.
     """
 
-    def __init__(self, root: Path, *, on_bad_file: Literal["error", "skip"] = "error", workers: int = 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        bands: Sequence[str | int] | None = None,
+        on_bad_file: Literal["error", "skip"] = "error",
+        workers: int = 1,
+    ) -> None:
         listed = _list_images(root)
         names = sorted(listed["class"].unique())
         if len(names) < 2:
             raise DataError(f"{root}: only one class, '{names[0]}'; a classifier needs at least two class folders")
         listed = listed.assign(group=None, lon=np.nan, lat=np.nan)
-        super().__init__(str(root), root, listed, on_bad_file=on_bad_file, workers=workers)
+        super().__init__(str(root), root, listed, bands=bands, on_bad_file=on_bad_file, workers=workers)
 
 
 def _list_images(root: Path) -> pd.DataFrame:

@@ -85,13 +85,36 @@ def read_image(path: str | Path, *, bands: Sequence[str] | None = None) -> np.nd
     Raises:
         DataError: If the file is missing, empty, broken, of another format, too large, or lacks a band.
     """
-    info, pixels = _decode(Path(path), with_pixels=True)
-    if bands is None or tuple(bands) == info.bands:
-        return pixels
-    for band in bands:
-        if band not in info.bands:
-            raise DataError(f"{path}: no band '{band}'; it has {', '.join(info.bands)}{did_you_mean(band, info.bands)}")
-    return np.ascontiguousarray(pixels[..., [info.bands.index(band) for band in bands]])
+    return _decode(Path(path), with_pixels=True, bands=bands)[1]
+
+
+def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Return the names of the wanted bands.
+
+    Args:
+        wanted: Names, or positions from 1.
+        bands: Names of all bands there are.
+        where: What to name in a message.
+
+    Raises:
+        DataError: If there is no such band, or one is wanted twice.
+    """
+    chosen = []
+    for band in wanted:
+        if isinstance(band, int):
+            if not 1 <= band <= len(bands):
+                raise DataError(f"{where}: no band {band}; there are {len(bands)}, counted from 1: {', '.join(bands)}")
+            chosen.append(bands[band - 1])
+        elif band in bands:
+            chosen.append(band)
+        else:
+            raise DataError(f"{where}: no band '{band}'; there are {', '.join(bands)}{did_you_mean(band, bands)}")
+    for position, band in enumerate(chosen):
+        if band in chosen[:position]:
+            raise DataError(
+                f"{where}: band '{band}' is wanted twice, as {wanted[chosen.index(band)]} and {wanted[position]}"
+            )
+    return tuple(chosen)
 
 
 def inspect_image(path: str | Path, *, decode: bool = False) -> ImageInfo:
@@ -157,13 +180,17 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _decode(path: Path, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
+def _decode(path: Path, with_pixels: bool, bands: Sequence[str | int] | None = None) -> tuple[ImageInfo, np.ndarray]:
     """Read header and, if asked, pixels; turn everything that goes wrong into a `DataError` naming the file."""
     try:
         kind = _sniff(path)
         if kind in _RASTER_DRIVERS:
-            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels)
-        return _decode_picture(path, kind, with_pixels)
+            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels, bands)
+        info, pixels = _decode_picture(path, kind, with_pixels)
+        places = _places(bands, info, path)
+        if with_pixels and places is not None:
+            pixels = np.ascontiguousarray(pixels[..., places])
+        return info, pixels
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -173,6 +200,13 @@ def _decode(path: Path, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
     except Exception as error:  # broken bytes make decoders raise nearly anything: SyntaxError, struct.error, ...
         reason = str(error).strip().splitlines()
         raise DataError(f"{path}: cannot be decoded: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _places(bands: Sequence[str | int] | None, info: ImageInfo, path: Path) -> list[int] | None:
+    """Positions of the wanted bands, None where they are all in their order."""
+    if bands is None or tuple(bands) == info.bands:
+        return None
+    return [info.bands.index(band) for band in choose_bands(bands, info.bands, str(path))]
 
 
 def _sniff(path: Path) -> str:
@@ -258,8 +292,10 @@ def open_raster(path: Path, driver: str | None = None) -> Iterator[Any]:
             dataset.close()
 
 
-def _decode_raster(path: Path, driver: str, with_pixels: bool) -> tuple[ImageInfo, np.ndarray]:
-    """Read a TIFF or a 16-bit PNG."""
+def _decode_raster(
+    path: Path, driver: str, with_pixels: bool, bands: Sequence[str | int] | None
+) -> tuple[ImageInfo, np.ndarray]:
+    """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones."""
     with open_raster(path, driver) as dataset:
         types = set(dataset.dtypes)
         dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
@@ -276,8 +312,13 @@ def _decode_raster(path: Path, driver: str, with_pixels: bool) -> tuple[ImageInf
         info = ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset), *_footprint(dataset))
         if not with_pixels:
             return info, np.empty(0)
-        pixels = dataset.read([i + 1 for i in kept])  # (C, H, W)
-    pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        places = _places(bands, info, path)
+        of_one_band = palette or (is_picture and len(kept) == 1)  # its one band becomes red, green and blue
+        if places is not None and not of_one_band:
+            kept, places = [kept[place] for place in places], None
+        # GDAL writes band after band into the places where the pixels of (H, W, C) have them, without another copy.
+        pixels = np.empty((dataset.height, dataset.width, len(kept)), dtype)
+        dataset.read([i + 1 for i in kept], out=pixels.transpose(2, 0, 1))
     if palette:
         table = np.zeros((256, 3), dtype=np.uint8)
         for value, colour in palette.items():
@@ -285,7 +326,7 @@ def _decode_raster(path: Path, driver: str, with_pixels: bool) -> tuple[ImageInf
         pixels = table[pixels[..., 0]]
     elif is_picture and pixels.shape[2] == 1:
         pixels = np.repeat(pixels, 3, axis=2)
-    return info, pixels
+    return info, pixels if places is None else np.ascontiguousarray(pixels[..., places])
 
 
 def _band_names(dataset: Any, kept: list[int]) -> tuple[str, ...]:

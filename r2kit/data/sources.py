@@ -73,10 +73,16 @@ def open_source(spec: DataSpec) -> Source:
     if spec.resolved_source == "table":
         from r2kit.data.table import ImageTable
 
-        return ImageTable(root, allow_outside=spec.allow_outside, on_bad_file=spec.on_bad_file, workers=workers)
+        return ImageTable(
+            root,
+            allow_outside=spec.allow_outside,
+            bands=spec.bands,
+            on_bad_file=spec.on_bad_file,
+            workers=workers,
+        )
     from r2kit.data.folder import ImageFolder
 
-    return ImageFolder(root, on_bad_file=spec.on_bad_file, workers=workers)
+    return ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
 
 
 def loader_workers(workers: int | str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ class ImageTable(ImageFiles):
         table: CSV (comma, UTF-8, with a header) or Parquet file. Paths in it are relative to its folder.
         allow_outside: Accept absolute paths and paths with ``..`` that leave the table's folder, as the text of the
             path says; links inside the folder are followed in any case.
+        bands: Names of the bands to read, or their positions from 1, in this order; None for all.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
 
@@ -43,6 +45,7 @@ class ImageTable(ImageFiles):
         table: Path,
         *,
         allow_outside: bool = False,
+        bands: Sequence[str | int] | None = None,
         on_bad_file: Literal["error", "skip"] = "error",
         workers: int = 1,
     ) -> None:
@@ -50,7 +53,7 @@ class ImageTable(ImageFiles):
         names = sorted(listed["class"].unique())
         if len(names) < 2:
             raise DataError(f"{table}: only one label, '{names[0]}'; a classifier needs at least two")
-        super().__init__(str(table), table.parent, listed, on_bad_file=on_bad_file, workers=workers)
+        super().__init__(str(table), table.parent, listed, bands=bands, on_bad_file=on_bad_file, workers=workers)
 
 
 def read_table(path: Path, what: str) -> pd.DataFrame:

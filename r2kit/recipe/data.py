@@ -31,6 +31,9 @@ class DataSpec(Spec):
     path (relative to the table) and label, and where known split, group (what must stay together), lon and lat."""
     allow_outside: bool = False
     """Whether a table may name images outside its own folder."""
+    bands: Annotated[tuple[str | StrictInt, ...], Field(strict=False, min_length=1)] | None = None
+    """Bands that the network sees, in this order, by name or by position in the file from 1, e.g. [red, nir, 8]; null
+    for all that the files have."""
     image_size: PixelSize | Annotated[tuple[PixelSize, PixelSize], Field(strict=False)] = 224
     """Side of the square image that the network sees, or [height, width], in pixels."""
     resize: Literal["squash", "crop", "pad"] = "squash"
@@ -76,6 +79,11 @@ class DataSpec(Spec):
             )
         if self.split_file is not None and (self.split != "auto" or self.folds is not None):
             raise ValueError("split_file: the file is the split; leave out split and folds")
+        if self.bands is not None and self.resolved_source == "bluemarble":
+            raise ValueError("bands: source 'bluemarble' has red, green and blue and no others to choose")
+        if self.bands is not None and len(set(self.bands)) < len(self.bands):
+            twice = next(band for band in self.bands if self.bands.count(band) > 1)
+            raise ValueError(f"bands: '{twice}' is named twice")
         if self.fold >= (self.folds or 1):
             allowed = "it needs folds, e.g. data.folds=5" if self.folds is None else f"allowed is 0 to {self.folds - 1}"
             raise ValueError(f"fold: {self.fold}: {allowed}")

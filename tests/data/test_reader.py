@@ -122,7 +122,7 @@ def test_tiff_band_names_choose_bands(tmp_path: Path, write_tiff: WriteTiff) -> 
     pixels = noise(4, 4, 3)
     path = write_tiff(tmp_path / "a.tif", pixels, descriptions=("B02", "B03", "B08"))
     np.testing.assert_array_equal(read_image(path, bands=("B08", "B02")), pixels[..., [2, 0]])
-    with pytest.raises(DataError, match=r"a\.tif: no band 'B8'; it has B02, B03, B08; did you mean 'B08'\?"):
+    with pytest.raises(DataError, match=r"a\.tif: no band 'B8'; there are B02, B03, B08; did you mean 'B08'\?"):
         read_image(path, bands=("B8",))
 
 
