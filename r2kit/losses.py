@@ -1,26 +1,68 @@
-"""Losses, chosen by the kind of target rather than by the augmentation that made it."""
+"""Losses, chosen by the kind of target rather than by the augmentation that made it, and the weights of classes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from timm.loss import AsymmetricLossSingleLabel
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def classification_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy in nats.
+def classification_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    focal_gamma: float | None = None,
+) -> Tensor:
+    """Return the mean cross-entropy or focal loss, in nats.
 
     Args:
         logits: (B, K).
         target: (B,) classes, or (B, K) rows that sum to 1, as MixUp and CutMix make them.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+        weight: (K,) of the classes, see `effective_number_weights`; None for all 1. The mean is over the images and
+            not over their weights, so that a batch of rare classes counts more than another.
+        focal_gamma: Power of the focal loss, for (B,) targets; None for the cross-entropy.
 
     Raises:
-        ValueError: If the target is neither (B,) nor (B, K).
+        ValueError: If the target is neither (B,) nor (B, K), or not (B,) for the focal loss.
 
-    Source: label smoothing from Szegedy et al. 2016, arXiv:1512.00567, sec. 7.
+    Source: label smoothing from Szegedy et al. 2016, arXiv:1512.00567, sec. 7; focal loss from Lin et al. 2017,
+    arXiv:1708.02002, eq. 4, for the softmax.
     """
     if target.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(f"target of shape {tuple(target.shape)} for logits {tuple(logits.shape)}: want (B,) or (B, K)")
+    if focal_gamma is not None:
+        if target.ndim == 2:
+            raise ValueError("the focal loss is for (B,) classes, not for mixed (B, K) targets")
+        # With one power for the true and the other classes timm's asymmetric loss is the focal loss.
+        focal = AsymmetricLossSingleLabel(focal_gamma, focal_gamma, eps=label_smoothing, reduction="none")
+        losses: Tensor = focal(logits, target)
+        return (losses if weight is None else losses * weight[target]).mean()
     if target.ndim == 2:
         target = target.to(logits.dtype)
-    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    if weight is None:
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, target, weight, label_smoothing=label_smoothing, reduction="none").mean()
+
+
+def effective_number_weights(counts: Sequence[int], beta: float) -> Tensor:
+    """Return the weight of each class by its effective number of images, 1 on average over the images.
+
+    Args:
+        counts: (K,) training images of each class; a class without any weighs what a single image would.
+        beta: In (0, 1): near 0 all classes weigh the same, near 1 the inverse of their size.
+
+    Returns:
+        (K,) float32.
+
+    Source: Cui et al. 2019, arXiv:1901.05555, eq. 2; normalised over images instead of classes, so that the size of the
+    loss and with it the learning rate keeps its meaning.
+    """
+    images = np.asarray(counts, dtype=np.float64)
+    each = (1.0 - beta) / -np.expm1(np.maximum(images, 1.0) * np.log(beta))  # 1 - beta^n without loss of digits
+    return torch.from_numpy(each * images.sum() / (each * images).sum()).float()

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import r2kit
@@ -275,3 +278,24 @@ def test_warm_start_ends_as_a_plain_res2netplus(quick_recipe, tmp_path, capsys):
 def test_a_warm_start_that_cannot_be_is_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         r2kit.load_recipe({}, overrides)
+
+
+def test_rare_classes_drawn_more_often_or_weighed_more(tmp_path, capsys):
+    rng, root = np.random.default_rng(0), tmp_path / "tiles"
+    for name, count in (("many", 24), ("few", 6)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    recipe = {
+        "data": {"root": str(root), "image_size": 16, "workers": 0, "test_fraction": 0.0},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 1, "batch_size": 8},
+    }
+    for overrides, said in (
+        (["data.sampler=balanced"], "drawn an epoch"),
+        (["task.class_weights=effective_number", "task.loss=focal"], "class weights in the loss: few 2.49, many 0.628"),
+    ):
+        run = r2kit.finetune(recipe, overrides=overrides, out=tmp_path / said[:5])
+        assert said in " ".join(capsys.readouterr().out.split())
+        assert run.info["state"] == "finished"
+        assert np.isfinite(pd.read_csv(run.metrics_csv)["train_loss"]).all()

@@ -13,6 +13,7 @@ from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
 from r2kit.data.mix import draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
+from r2kit.data.sampling import expected_draws
 from r2kit.data.sources import Source, loader_workers, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.statistics import band_statistics, check_fit
@@ -159,6 +160,7 @@ class DataModule(lightning.LightningDataModule):
             batch_size=self.batch_size,
             rank=torch.distributed.get_rank() if distributed else 0,
             world=torch.distributed.get_world_size() if distributed else 1,
+            expected=self.expected_draws(rows) if train and self.spec.sampler != "shuffle" else None,
         )
         samples = Samples(
             self.source,
@@ -175,6 +177,16 @@ class DataModule(lightning.LightningDataModule):
             workers=workers,
             start_method=self.source.start_method,
         )
+
+    def expected_draws(self, rows: np.ndarray) -> np.ndarray:
+        """Return how often each of some training rows is drawn in an epoch, as `data.sampler` says; they sum to N."""
+        return expected_draws(self.labels[rows], self.spec.sampler)
+
+    def draws_by_class(self) -> list[int]:
+        """Return how many training images of each class an epoch draws, on average, rounded."""
+        rows = self.split.train
+        drawn = np.bincount(self.labels[rows], self.expected_draws(rows), minlength=len(self.classes))
+        return [round(value) for value in drawn]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mix the batch on its device while training; called by the trainer."""

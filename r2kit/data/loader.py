@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from r2kit.data.preprocess import Preprocess
+from r2kit.data.sampling import draw_epoch
 from r2kit.data.sources import Source
 from r2kit.errors import DataError
 
@@ -23,14 +25,15 @@ Batch = dict[str, Tensor]
 _TAG_ORDER, _TAG_AUGMENT = 3, 4  # keep the random numbers of the uses of one seed apart
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields (epoch, row): shuffled and shared out for training, in order for evaluation.
 
     Training: every process gets the same number of rows, all different; up to ``world`` rows of an epoch, others each
     time, are left out where they do not divide. A last batch of a single image, which BatchNorm refuses, is left out
-    too. Evaluation: every process gets the same number of rows too, because DistributedDataParallel talks to the others
-    in every forward pass and would wait for one that has none left; where the rows do not divide, the first ones come a
-    second time, and whoever computes metrics counts a row once, by its `index`.
+    too. With `expected`, rows come again: the n-th time as (epoch, row, n). Evaluation: every process gets the same
+    number of rows too, because DistributedDataParallel talks to the others in every forward pass and would wait for one
+    that has none left; where the rows do not divide, the first ones come a second time, and whoever computes metrics
+    counts a row once, by its `index`.
 
     Args:
         rows: Rows of the manifest.
@@ -39,15 +42,25 @@ class EpochSampler(Sampler[tuple[int, int]]):
         batch_size: Images of a batch in one process.
         rank: This process.
         world: Number of processes.
+        expected: How often each of `rows` is drawn in an epoch of training, see `sampling`; None: once.
 
     Raises:
         DataError: If there are too few rows for training.
     """
 
     def __init__(
-        self, rows: np.ndarray, *, train: bool, seed: int, batch_size: int, rank: int = 0, world: int = 1
+        self,
+        rows: np.ndarray,
+        *,
+        train: bool,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        expected: np.ndarray | None = None,
     ) -> None:
         self.rows = np.asarray(rows, dtype=np.int64)
+        self.expected = expected
         self.train = train
         self.seed = seed
         self.rank = rank
@@ -71,14 +84,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rows = self.rows
-        if self.train:
-            rows = np.random.default_rng([self.seed, _TAG_ORDER, self.epoch]).permutation(rows)
-        else:
-            rows = np.resize(rows, self._length * self.world)  # repeats from the start
-        mine = rows[self.rank :: self.world][: self._length]
-        return iter([(self.epoch, int(row)) for row in mine])
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self.order(self.epoch))
+
+    def order(self, epoch: int) -> list[tuple[int, ...]]:
+        """Return what this process reads in an epoch: a pure function of the arguments and the epoch."""
+        if not self.train:
+            rows = np.resize(self.rows, self._length * self.world)  # repeats from the start
+            return [(epoch, int(row)) for row in rows[self.rank :: self.world]]
+        rng = np.random.default_rng([self.seed, _TAG_ORDER, epoch])
+        if self.expected is None:
+            drawn = rng.permutation(self.rows)
+            return [(epoch, int(row)) for row in drawn[self.rank :: self.world][: self._length]]
+        drawn = self.rows[draw_epoch(self.expected, rng)]
+        again = pd.Series(drawn).groupby(drawn).cumcount().to_numpy()  # each copy is augmented in its own way
+        pairs = zip(drawn.tolist(), again.tolist(), strict=True)
+        keys: list[tuple[int, ...]] = [(epoch, row, copy) if copy else (epoch, row) for row, copy in pairs]
+        return keys[self.rank :: self.world][: self._length]
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -86,7 +108,7 @@ class Samples(Dataset[dict[str, Any]]):
 
     Args:
         source: Where the images are.
-        labels: (N,) int64, the label of each row of the manifest.
+        labels: The label of each row of the manifest: (N,) int64, or (N, K) float32 for several labels per image.
         preprocess: Size and normalisation.
         augment: Name of the augmentation preset, or None for evaluation.
         seed: The recipe's seed.
@@ -105,21 +127,21 @@ class Samples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return raw-unit `image` (C, h, w), `label` and `index` of (epoch, row)."""
-        epoch, row = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        """Return raw-unit `image` (C, h, w), `label` and `index` of a key of the sampler."""
+        epoch, row, *copy = key
         raw = self.source.read(row)
         if self.preset is not None:
             if self._augment is None:
                 from r2kit.data.transforms import Augment  # albumentations takes seconds to import
 
                 self._augment = Augment(self.preset, nodata=self.preprocess.nodata)  # type: ignore[arg-type]
-            raw = self._augment(raw, (self.seed, _TAG_AUGMENT, epoch, row))
+            raw = self._augment(raw, (self.seed, _TAG_AUGMENT, epoch, row, *copy))
         try:
             image = self.preprocess.fit(raw)
         except DataError as error:
             raise DataError(f"{self.source.manifest['path'].iloc[row]}: {error}") from error
-        return {"image": image, "label": int(self.labels[row]), "index": row}
+        return {"image": image, "label": self.labels[row], "index": row}
 
 
 class Collate:
@@ -133,10 +155,10 @@ class Collate:
         self.preprocess = preprocess
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        """Return `image` float32 (B, C, H, W) normalised, `label` int64 (B,), `index` int64 (B,)."""
+        """Return `image` float32 (B, C, H, W) normalised, `label` (B,) int64 or (B, K) float32, `index` int64 (B,)."""
         return {
             "image": self.preprocess.normalize(torch.stack([sample["image"] for sample in samples])),
-            "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
+            "label": torch.from_numpy(np.stack([sample["label"] for sample in samples])),
             "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
         }
 

@@ -50,4 +50,15 @@ class Recipe(Spec):
                 "train.freeze: a warm start changes the activation of every block while training, and what is frozen "
                 "could not follow; use train.freeze=none"
             )
+        task = self.task
+        if isinstance(task, ClassificationSpec) and task.loss == "focal" and self.augment.mixup + self.augment.cutmix:
+            raise ValueError(
+                "task.loss: focal is for images of one class, and MixUp and CutMix blend two; use "
+                "task.loss=cross_entropy, or augment.mixup=0 and augment.cutmix=0"
+            )
+        if isinstance(task, ClassificationSpec) and task.class_weights != "none" and self.data.sampler != "shuffle":
+            raise ValueError(
+                f"task.class_weights: data.sampler={self.data.sampler} makes up for the rare classes already; use one "
+                "of the two"
+            )
         return self

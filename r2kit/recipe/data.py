@@ -66,6 +66,10 @@ class DataSpec(Spec):
     on_leak: Literal["error", "drop"] = "error"
     """What happens to a training image that gives a held-out one away (same pixels, same group, overlapping ground) and
     to a validation image that gives a test image away: stop before training, or be left out and counted."""
+    sampler: Literal["shuffle", "square_root", "balanced"] = "shuffle"
+    """How often a class of n training images is drawn in an epoch, which is as long as there are images: as often as it
+    is (n), in proportion to the square root of n, or as often as any other class (`balanced`); an image with several
+    labels as its rarest one asks."""
     workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()

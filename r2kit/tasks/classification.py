@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from r2kit.losses import classification_loss
+from r2kit.losses import classification_loss, effective_number_weights
 from r2kit.recipe import Recipe
 from r2kit.tasks.base import Batch, Stage, Task
 
@@ -17,18 +19,35 @@ class ClassificationTask(Task):
         recipe: The recipe.
         model: The network, (B, C, H, W) -> (B, K).
         num_classes: K.
+        class_counts: (K,) training images of each class; needed where the recipe asks for class weights.
+
+    Raises:
+        ValueError: If the recipe asks for class weights and there are no counts.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, num_classes: int) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, num_classes: int, class_counts: Sequence[int] | None = None
+    ) -> None:
         super().__init__(recipe, model, num_classes)
+        weights = None
+        if recipe.task.class_weights == "effective_number":
+            if class_counts is None:
+                raise ValueError("class_counts: class weights are made from the number of images of each class")
+            weights = effective_number_weights(class_counts, recipe.task.class_weights_beta)
+        self.register_buffer("class_weights", weights, persistent=False)  # the data and the recipe give it again
         self._train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
 
     def _step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return the logits (B, K) and the loss of a batch."""
         logits = self(batch["image"]).float()
-        smoothing = self.recipe.task.label_smoothing if stage == "train" else 0.0
-        return logits, classification_loss(logits, batch["label"], smoothing)
+        if stage == "val":  # the plain loss, so that runs compare
+            return logits, classification_loss(logits, batch["label"])
+        spec = self.recipe.task
+        gamma = spec.focal_gamma if spec.loss == "focal" else None
+        return logits, classification_loss(logits, batch["label"], spec.label_smoothing, self.class_weights, gamma)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, and count hits on the dominant label of mixed targets."""

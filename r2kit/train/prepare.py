@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, console: Console) -> Job:
     report: LoadReport | None = model.load_report  # type: ignore[assignment]
     data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
     model = model.to(memory_format=memory_format(recipe.train.channels_last))
-    task = ClassificationTask(recipe, model, classes)
+    task = ClassificationTask(recipe, model, classes, class_counts=data.counts()["train"].tolist())
     size = recipe.data.size
     with console.status("measuring the network"):
         speed = measure_throughput(

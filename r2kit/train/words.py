@@ -9,6 +9,7 @@ from rich.console import Console
 from r2kit.console import duration, table
 from r2kit.evaluate import summary_lines
 from r2kit.run import Run, installed_versions
+from r2kit.tasks import ClassificationTask
 from r2kit.train.prepare import Job
 
 
@@ -26,9 +27,15 @@ def print_start(console: Console, job: Job) -> None:
     if len(data.skipped) > 5:
         console.print(f"  and {len(data.skipped) - 5} more left out")
     counts = data.counts()
+    if recipe.data.sampler != "shuffle":
+        counts["drawn an epoch"] = data.draws_by_class()
     rows = [[name, *row] for name, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)]
     rows.append(["all", *counts.sum().tolist()])
     console.print(table("images", ["class", *counts.columns], rows))
+    if isinstance(job.task, ClassificationTask) and job.task.class_weights is not None:
+        weights = job.task.class_weights.tolist()
+        each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(counts.index, weights, strict=True))
+        console.print(f"class weights in the loss: {each}")
     prep = data.preprocess
     bands = [[band, f"{m:.4g}", f"{s:.4g}"] for band, m, s in zip(prep.bands, prep.mean, prep.std, strict=True)]
     console.print(table(f"normalisation (of pixel values divided by {prep.scale:g})", ["band", "mean", "std"], bands))
