@@ -4,9 +4,6 @@ The sweeps over all names look at shapes, connections and counts, on networks of
 network of each kind, and on all of them when marked slow.
 """
 
-import warnings
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
@@ -133,13 +130,11 @@ def test_network(entry: CatalogEntry) -> None:
         assert tuple(cfg["pool_size"]) == tuple(side // reduction for side in entry.input_size[1:])
         assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
-        if not name.startswith("dla"):  # timm's DLA has no intermediates
-            last, maps = model.forward_intermediates(x)
-            assert last.shape == features.shape
-            assert [tuple(m.shape) for m in maps] == [
-                (2, info["num_chs"], side // info["reduction"], side // info["reduction"])
-                for info in model.feature_info
-            ]
+        last, maps = model.forward_intermediates(x)
+        assert last.shape == features.shape
+        assert [tuple(m.shape) for m in maps] == [
+            (2, info["num_chs"], side // info["reduction"], side // info["reduction"]) for info in model.feature_info
+        ]
 
         model.reset_classifier(7)
         assert model.num_classes == 7
@@ -193,7 +188,7 @@ def block_of(model: nn.Module, drop: str) -> nn.Module:
     return model.get_submodule(drop.rpartition(".")[0])
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if n not in FIXED_STRIDE])
+@pytest.mark.parametrize("name", [*(n for n in KINDS if n not in FIXED_STRIDE), "resnest14d"])
 def test_drop_path_drops_the_residual_branch(name: str) -> None:
     check_drop_path(name)
 
@@ -277,63 +272,11 @@ def test_takes_other_image_sizes(name: str, size: int) -> None:
         assert model(torch.zeros(1, 3, size, 64)).shape == (1, 1000)
 
 
-# ------------------------------------------------------------------------------------- slow: compilers, exports, all
-
-
-@pytest.fixture
-def libraries_may_warn() -> Iterator[None]:
-    """Exporters and compilers deprecate parts of themselves in every release; none of it is ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+# ---------------------------------------------------------------------------------------- slow: TorchScript, and all
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("libraries_may_warn")
-@pytest.mark.parametrize("name", KINDS)
-def test_compiles_as_one_graph(name: str) -> None:
-    model = build(name).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = images(name)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    compiled.train()(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("libraries_may_warn")
-@pytest.mark.parametrize("name", KINDS)
-def test_exports_with_any_batch(name: str) -> None:
-    model = build(name).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (images(name),), dynamic_shapes=({0: batch},))
-    with torch.no_grad():
-        for n in (1, 3):
-            x = images(name, batch=n, seed=n)
-            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("libraries_may_warn")
-@pytest.mark.parametrize("name", KINDS)
-def test_onnx_agrees(name: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = build(name).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.onnx.export(model, (images(name),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    with torch.no_grad():
-        for n in (1, 3):
-            x = images(name, batch=n, seed=n)
-            (ours,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-            torch.testing.assert_close(torch.from_numpy(ours), model(x), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("libraries_may_warn")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # timm's users still script
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in FIXED_STRIDE])
 def test_scripts(name: str) -> None:
     model = build(name, scriptable=True).eval()

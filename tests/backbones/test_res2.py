@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from r2kit.backbones._res2 import Res2Block, Res2Net, StemSpec
 from r2kit.errors import ModelError
+from tests.backbones.randomness import randomise_norms
 
 DEEP = StemSpec(widths=(32, 32, 64))
 OF_TIMM = {
@@ -23,16 +24,6 @@ OF_TIMM = {
     "res2net50d": {"layers": (3, 4, 6, 3), "stem": DEEP, "avg_down": True},
     "res2net101d": {"layers": (3, 4, 23, 3), "stem": DEEP, "avg_down": True},
 }
-
-
-def randomise_norms(model: nn.Module) -> None:
-    """Give every BN statistics and a scale that a mistake cannot hide behind."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0.0, 0.2)
-            nn.init.normal_(module.running_mean, 0.0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 def timm_and_ours(name: str, **options: object) -> tuple[nn.Module, nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import r2kit.backbones
 from r2kit.backbones import count_parameters
+from tests.backbones.randomness import randomise_norms
 
 LAYERS = (2, 2, 1, 1)  # a first and a chained unit, at a fraction of the cost
 
@@ -17,13 +18,9 @@ LAYERS = (2, 2, 1, 1)  # a first and a chained unit, at a fraction of the cost
 def build(name: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, layers=LAYERS, **options).eval()
+    randomise_norms(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0.0, 0.2)
-            nn.init.normal_(module.running_mean, 0.0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.normal_(module.bias, 0.0, 0.2)
     return model
 
