@@ -292,24 +292,43 @@ def open_raster(path: Path, driver: str | None = None) -> Iterator[Any]:
             dataset.close()
 
 
+def describe_raster(dataset: Any, path: Path) -> tuple[ImageInfo, list[int], dict[int, Any] | None]:
+    """Describe an open raster as `read_image` would give its pixels, whatever its size.
+
+    Args:
+        dataset: From `open_raster`.
+        path: Its file, for messages.
+
+    Returns:
+        The description; the positions from 0 of the bands that count (transparency does not); the palette that turns
+        the one band into colours, or None.
+
+    Raises:
+        DataError: If its bands are not of one real number type.
+    """
+    types = set(dataset.dtypes)
+    dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
+    if dtype is None or dtype.kind not in "iuf":
+        raise DataError(f"{path}: pixels of type {' and '.join(sorted(types))}; one real number type is needed")
+    meaning = list(dataset.colorinterp)
+    kept = [i for i, role in enumerate(meaning) if role is not ColorInterp.alpha]
+    palette = dataset.colormap(1) if meaning[0] is ColorInterp.palette and dtype == np.uint8 else None
+    is_picture = dataset.driver == "PNG"
+    names = RGB if palette or is_picture else _band_names(dataset, kept)
+    scale = 255.0 if dtype == np.uint8 else (65535.0 if is_picture else 1.0)
+    nodata = None if palette else dataset.nodata
+    return ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset), *_footprint(dataset)), kept, palette
+
+
 def _decode_raster(
     path: Path, driver: str, with_pixels: bool, bands: Sequence[str | int] | None
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones."""
     with open_raster(path, driver) as dataset:
-        types = set(dataset.dtypes)
-        dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
-        if dtype is None or dtype.kind not in "iuf":
-            raise DataError(f"{path}: pixels of type {' and '.join(sorted(types))}; one real number type is needed")
-        _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)
-        meaning = list(dataset.colorinterp)
-        kept = [i for i, role in enumerate(meaning) if role is not ColorInterp.alpha]
-        palette = dataset.colormap(1) if meaning[0] is ColorInterp.palette and dtype == np.uint8 else None
+        info, kept, palette = describe_raster(dataset, path)
         is_picture = driver == "PNG"
-        names = RGB if palette or is_picture else _band_names(dataset, kept)
-        scale = 255.0 if dtype == np.uint8 else (65535.0 if is_picture else 1.0)
-        nodata = None if palette else dataset.nodata
-        info = ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset), *_footprint(dataset))
+        dtype = np.dtype(info.dtype)
+        _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)
         if not with_pixels:
             return info, np.empty(0)
         places = _places(bands, info, path)
