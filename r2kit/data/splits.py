@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,9 +9,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from r2kit.data.sources import Source
+from r2kit.data.stratify import absent, by_units, fold_of_each, level, membership, stratified
 from r2kit.data.table import read_table, write_table
 from r2kit.errors import DataError, did_you_mean
 from r2kit.recipe import DataSpec
@@ -138,7 +137,8 @@ def make_split(
     """Divide the images as the recipe asks; a pure function of the arguments.
 
     Args:
-        manifest: Columns id, label, split, group, lon, lat (see `r2kit.data.sources.Source`).
+        manifest: Columns id, label, split, group, lon, lat, and for several labels per image labels (see
+            `r2kit.data.sources.Source`).
         classes: Class names; the labels are positions in it.
         spec: The `data` part of a recipe.
         seed: The recipe's seed.
@@ -147,7 +147,7 @@ def make_split(
     Raises:
         DataError: If a class cannot be in both training and validation, or the images lack what the split needs.
     """
-    label = manifest["label"].to_numpy()
+    held = membership(manifest, len(classes))
     kind = _kind(manifest, spec)
     located = bool(len(manifest)) and bool(manifest[["lon", "lat"]].notna().all(axis=None))
     blocks = block_names(manifest, spec.block_degrees) if located and kind != "group" else None
@@ -183,24 +183,26 @@ def make_split(
                     "data.test_fraction is 0: results are on the validation images, which also chose the epoch"
                 )
         else:
-            folds = _folds(label, classes, units, spec.folds, seed, contents)
+            state = int(np.random.SeedSequence([seed, _TAG_FOLDS]).generate_state(1)[0])
+            first, same = _distinct(contents, everything)
+            folds = fold_of_each(held, classes, units, spec.folds, state, first, same)
             part = np.full(len(manifest), "test", dtype=object)
             rest = everything[folds != spec.fold]
-            of_rest = {"val": spec.val_fraction * len(label) / max(len(rest), 1)}
+            of_rest = {"val": spec.val_fraction * len(manifest) / max(len(rest), 1)}
             part[rest] = _divide(manifest, classes, spec, of_rest, seed, units, contents, rest)
-    _check_classes(part, label, classes, kind, notes)
+    _check_classes(part, held, classes, kind, notes)
 
     buffered = np.empty(0, dtype=np.int64)
     if kind == "blocks" and spec.buffer_degrees > 0:
         buffered = _too_near(manifest, part, spec.buffer_degrees)
         part[buffered] = None
-        if lost := _absent(label[part == "train"], len(classes)):
+        if lost := absent(held[part == "train"]):
             raise DataError(
                 f"data.buffer_degrees={spec.buffer_degrees:g} leaves no training image of "
                 f"'{classes[lost[0]]}'; use a smaller buffer"
             )
     if spec.limit is not None:
-        part = _limited(part, label, len(classes), spec.limit, seed)
+        part = _limited(part, manifest["label"].to_numpy(), len(classes), spec.limit, seed)
     train, val, test = (np.flatnonzero(part == name) for name in PARTS)
     fold = None if folds is None else spec.fold
     return Split(train, val, test, kind, buffered, blocks, folds, fold, tuple(notes))
@@ -240,22 +242,22 @@ def _kind(manifest: pd.DataFrame, spec: DataSpec) -> SplitKind:
 
 
 def _check_classes(
-    part: np.ndarray, label: np.ndarray, classes: tuple[str, ...], kind: SplitKind, notes: list[str]
+    part: np.ndarray, held: np.ndarray, classes: tuple[str, ...], kind: SplitKind, notes: list[str]
 ) -> None:
     """Refuse parts that lack a class; where whole blocks or groups are held out that may happen, and is noted."""
     titles = {"train": "training", "val": "validation", "test": "test"}
     for name, title in titles.items():
-        absent = _absent(label[part == name], len(classes))
-        if not absent or (name == "test" and not (part == "test").any()):
+        lost = absent(held[part == name])
+        if not lost or (name == "test" and not (part == "test").any()):
             continue
         if kind not in ("blocks", "group"):
             if name == "test":
                 continue  # a test on some of the classes is a person's own choice
             raise DataError(
-                f"class '{classes[absent[0]]}' has no {title} image; every class needs at least one for training and "
+                f"class '{classes[lost[0]]}' has no {title} image; every class needs at least one for training and "
                 "one for validation"
             )
-        names = ", ".join(classes[c] for c in absent)
+        names = ", ".join(classes[c] for c in lost)
         few = "spatial blocks of it; try a smaller block_degrees" if kind == "blocks" else "groups of it"
         notes.append(f"no {title} image of {names}: too few {few}")
 
@@ -309,44 +311,6 @@ def group_names(manifest: pd.DataFrame) -> np.ndarray:
     return alone.where(manifest["group"].isna(), "g" + manifest["group"].astype(str)).to_numpy(dtype=object)
 
 
-def _folds(
-    label: np.ndarray,
-    classes: tuple[str, ...],
-    units: np.ndarray | None,
-    folds: int,
-    seed: int,
-    contents: pd.DataFrame | None,
-) -> np.ndarray:
-    """Fold of every image: scikit-learn's stratified folds, over whole units where there are any."""
-    state = int(np.random.SeedSequence([seed, _TAG_FOLDS]).generate_state(1)[0])
-    first, same = _distinct(contents, np.arange(len(label)))
-    if units is None:
-        counts = np.bincount(label[first], minlength=len(classes))
-        few, count = f"class '{classes[counts.argmin()]}' has {counts.min()} image(s)", int(counts.min())
-    else:
-        count = len(np.unique(units.astype(str)))
-        few = f"the images lie in {count} group(s) or block(s)"
-    if count < folds:
-        raise DataError(
-            f"data.folds={folds}: {few}, and each fold needs at least one; use at most {max(count, 2)} folds"
-        )
-    fold = np.full(len(label), -1, dtype=np.int64)
-    with warnings.catch_warnings():
-        # A class in fewer units than folds; `_check_classes` says so in the words of this split.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        if units is None:
-            parts = StratifiedKFold(folds, shuffle=True, random_state=state).split(label[first], label[first])
-            for number, (_, held_out) in enumerate(parts):
-                fold[first[held_out]] = number
-            return fold[first][same]
-        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=state).split(label, label, units.astype(str))
-        for number, (_, held_out) in enumerate(parts):
-            fold[held_out] = number
-    if empty := sorted(set(range(folds)) - set(fold.tolist())):
-        raise DataError(f"data.folds={folds}: fold {empty[0]} is empty: groups or blocks are too unequal; use fewer")
-    return fold
-
-
 def _distinct(contents: pd.DataFrame | None, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First of the images with the same pixels, ascending, and which of these each image equals; as positions."""
     if contents is None:
@@ -368,10 +332,10 @@ def _divide(
     """Give each of `rows` of the manifest a part: whole units (blocks or groups) if given, else within each class."""
     rng = np.random.default_rng([seed, _TAG_SPLIT])
     fractions = {"train": 1.0 - sum(held_out.values()), **{k: v for k, v in held_out.items() if v > 0}}
-    label = manifest["label"].to_numpy()[rows]
+    held = membership(manifest, len(classes))[rows]
     if units is None:
         first, same = _distinct(contents, rows)
-        return _stratified(label[first], classes, fractions, rng)[same]
+        return stratified(held[first], classes, fractions, rng)[same]
     names, unit = np.unique(units[rows].astype(str), return_inverse=True)
     if len(names) < len(fractions):
         where = manifest.iloc[rows]
@@ -382,75 +346,7 @@ def _divide(
             extent = max(np.ptp(where["lon"]), np.ptp(where["lat"]))
             mend = (f"set data.block_degrees={extent / 8:.2g} or " if extent > 0 else "set ") + "data.split=stratified"
         raise DataError(f"the images {came}, and {len(fractions)} parts need at least one each; {mend}")
-    return np.array(list(fractions), dtype=object)[
-        _by_units(label, len(classes), unit, list(fractions.values()), rng)[unit]
-    ]
-
-
-def _stratified(
-    label: np.ndarray, classes: tuple[str, ...], fractions: dict[str, float], rng: np.random.Generator
-) -> np.ndarray:
-    """Divide each class at random, at least one image of it in every part."""
-    part = np.full(len(label), "train", dtype=object)
-    for value, name in enumerate(classes):
-        rows = rng.permutation(np.flatnonzero(label == value))
-        if len(rows) < len(fractions):
-            raise DataError(
-                f"class '{name}' has {len(rows)} image(s), and {len(fractions)} parts ({', '.join(fractions)}) need at "
-                "least one each; add images or remove the class"
-            )
-        held_out = [p for p in fractions if p != "train"]
-        counts = [max(1, round(fractions[p] * len(rows))) for p in held_out]
-        while sum(counts) >= len(rows):  # tiny classes: leave one for training
-            counts[int(np.argmax(counts))] -= 1
-        start = 0
-        for p, count in zip(held_out, counts, strict=True):
-            part[rows[start : start + count]] = p
-            start += count
-    return part
-
-
-def _by_units(
-    label: np.ndarray, num_classes: int, unit: np.ndarray, fractions: list[float], rng: np.random.Generator
-) -> np.ndarray:
-    """Choose a part for each unit (block or group) so that every class comes near to its fraction in every part.
-
-    Greedy, in the manner of scikit-learn's StratifiedGroupKFold but for parts of unequal size: units that hold much
-    of a class first; each goes where the sum over classes of (share - fraction)^2 / fraction falls most. Then a class
-    that a later part lacks gets the smallest unit that the first part can spare.
-
-    Args:
-        label: (N,) class of each image.
-        num_classes: K.
-        unit: (N,) number of each image's unit.
-        fractions: Wanted share of each part; training first.
-        rng: Source of the order among similar units.
-
-    Returns:
-        (units,) number of the part.
-    """
-    counts = np.zeros((unit.max() + 1, num_classes))
-    np.add.at(counts, (unit, label), 1.0)
-    shares = counts / np.maximum(counts.sum(axis=0), 1.0)  # (units, K): of all images of the class
-    size_order = np.floor(-np.log2(shares.max(axis=1)))
-    shuffled = rng.permutation(len(counts))
-    wanted = np.asarray(fractions)[:, None]  # (parts, 1)
-    filled = np.zeros((len(fractions), num_classes))
-    part = np.empty(len(counts), dtype=np.int64)
-    for b in shuffled[np.argsort(size_order[shuffled], kind="stable")]:
-        change = (shares[b] * (shares[b] + 2.0 * (filled - wanted)) / wanted).sum(axis=1)
-        part[b] = change.argmin()
-        filled[part[b]] += shares[b]
-    for lacking in range(1, len(fractions)):
-        for value in range(num_classes):
-            if counts[part == lacking, value].sum() > 0:
-                continue
-            donors = np.flatnonzero((part == 0) & (counts[:, value] > 0))
-            # Not a unit whose loss would take another class out of training.
-            spare = [b for b in donors if (counts[part == 0].sum(axis=0) - counts[b])[counts[b] > 0].min() > 0]
-            if spare:
-                part[min(spare, key=lambda b: counts[b].sum())] = lacking
-    return part
+    return np.array(list(fractions), dtype=object)[by_units(held, unit, list(fractions.values()), rng)[unit]]
 
 
 def _too_near(manifest: pd.DataFrame, part: np.ndarray, degrees: float) -> np.ndarray:
@@ -486,24 +382,7 @@ def _limited(part: np.ndarray, label: np.ndarray, num_classes: int, limit: int, 
     kept = np.full(len(part), None, dtype=object)
     for name in used:
         queues = [rng.permutation(np.flatnonzero((part == name) & (label == c))) for c in range(num_classes)]
-        take = _level([len(queue) for queue in queues], budget[name])
+        take = level([len(queue) for queue in queues], budget[name])
         for queue, count in zip(queues, take, strict=True):
             kept[queue[:count]] = name
     return kept
-
-
-def _level(available: list[int], total: int) -> list[int]:
-    """Share `total` over piles as evenly as their sizes allow; what does not divide goes to the first ones."""
-    take = [0] * len(available)
-    while total > 0 and (open_piles := [i for i, n in enumerate(available) if take[i] < n]):
-        each = max(1, total // len(open_piles))
-        for i in open_piles:
-            step = min(each, available[i] - take[i], total)
-            take[i] += step
-            total -= step
-    return take
-
-
-def _absent(label: np.ndarray, num_classes: int) -> list[int]:
-    """Classes without an image."""
-    return sorted(set(range(num_classes)) - set(label.tolist()))

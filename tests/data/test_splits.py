@@ -264,6 +264,77 @@ def test_images_with_the_same_pixels_stay_together_in_a_stratified_split() -> No
     np.testing.assert_array_equal(alone.train, make_split(frame, CLASSES, DataSpec(), 0).train)
 
 
+# Several labels an image ---------------------------------------------------------------------------------------------
+
+
+def tagged(count: int = 900, seed: int = 0, **columns) -> pd.DataFrame:
+    """Images with none to three of three labels, the third of them rare and only beside the first."""
+    rng = np.random.default_rng(seed)
+    held = rng.random((count, 3)) < [0.5, 0.2, 0.03]
+    held[:, 2] &= held[:, 0]
+    frame = manifest(np.zeros(count, dtype=int), **columns)
+    frame["labels"] = [tuple(np.flatnonzero(row).tolist()) for row in held]
+    frame["label"] = [max(labels, default=0) for labels in frame["labels"]]
+    return frame
+
+
+def shares(frame: pd.DataFrame, part: np.ndarray, names=PARTS) -> np.ndarray:
+    """(parts, K): the share of the images of each label in each part."""
+    held = np.array([[label in labels for label in range(3)] for labels in frame["labels"]])
+    return np.array([held[part == name].sum(axis=0) for name in names]) / held.sum(axis=0)
+
+
+def test_every_label_keeps_its_share_in_every_part() -> None:
+    frame = tagged()
+    for seed in range(3):
+        part = parts_of(make_split(frame, CLASSES, DataSpec(), seed=seed), len(frame))
+        np.testing.assert_allclose(shares(frame, part)[:, :2], [[0.7] * 2, [0.15] * 2, [0.15] * 2], atol=0.01)
+        np.testing.assert_allclose(shares(frame, part)[:, 2], [0.7, 0.15, 0.15], atol=0.08)
+        bare = np.array([not labels for labels in frame["labels"]])
+        np.testing.assert_allclose([(part[bare] == name).mean() for name in PARTS], [0.7, 0.15, 0.15], atol=0.02)
+    again, other = (make_split(frame, CLASSES, DataSpec(), seed=s) for s in (2, 3))
+    assert set(np.flatnonzero(part == "test")) == set(again.test) != set(other.test)
+
+
+def test_labels_of_whole_groups_and_blocks() -> None:
+    group = [f"flight{i % 60}" for i in range(900)]
+    lon = np.random.default_rng(1).uniform(-170, 170, 900)
+    for frame, kind in ((tagged(group=group), "group"), (tagged(lon=lon, lat=lon / 3), "blocks")):
+        split = make_split(frame, CLASSES, DataSpec(), seed=0)
+        assert split.kind == kind
+        part = parts_of(split, len(frame))
+        units = group_names(frame) if kind == "group" else split.blocks
+        assert (pd.Series(part).groupby(units).nunique() == 1).all()
+        np.testing.assert_allclose(shares(frame, part)[:, :2], [[0.7] * 2, [0.15] * 2, [0.15] * 2], atol=0.06)
+        assert (shares(frame, part)[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["stratified", "group"])
+def test_folds_of_several_labels(kind: str) -> None:
+    frame = tagged(group=[f"flight{i % 60}" for i in range(900)])
+    fold = make_split(frame, CLASSES, DataSpec(folds=4, split=kind), seed=0).folds
+    tolerance = {"stratified": 0.01, "group": 0.06}[kind]
+    np.testing.assert_allclose(shares(frame, fold, range(4))[:, :2], 0.25, atol=tolerance)
+    for number in range(4):
+        split = make_split(frame, CLASSES, DataSpec(folds=4, split=kind, fold=number), seed=0)
+        np.testing.assert_array_equal(split.test, np.flatnonzero(fold == number))
+        if kind == "group":
+            assert (pd.Series(parts_of(split, 900)).groupby(frame["group"]).nunique() == 1).all()
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_a_rare_label_is_in_every_part(count: int) -> None:
+    frame = tagged()
+    frame["labels"] = [
+        (0, 2) if row < count else tuple(set(labels) - {2}) for row, labels in enumerate(frame["labels"])
+    ]
+    for seed in range(5):
+        part = parts_of(make_split(frame, CLASSES, DataSpec(), seed=seed), len(frame))
+        assert set(part[:count]) == set(PARTS)
+    with pytest.raises(DataError, match=r"class 'c' has 0 image\(s\), and 3 parts"):
+        make_split(frame.assign(labels=[(0, 1)] * 900), CLASSES, DataSpec(), seed=0)
+
+
 # Folds ---------------------------------------------------------------------------------------------------------------
 
 
