@@ -102,8 +102,16 @@ def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None
     """The recipe, or the defaults, with DATA as its data."""
     from r2kit.recipe_file import load_recipe
 
-    source, root = ("bluemarble", None) if data == "bluemarble" else ("auto", data)
+    chosen: dict[str, str | None] = {"source": "auto", "root": None, "name": None}
+    if data == "bluemarble":
+        chosen["source"] = data
+    elif data.startswith("torchvision:"):
+        chosen["name"] = data.removeprefix("torchvision:")
+    else:
+        chosen["root"] = data
     if recipe is None:
-        return load_recipe({"data": {"source": source, "root": root}}, overrides or [])
+        return load_recipe({"data": chosen}, overrides or [])
     # JSON is YAML, so that a path with any characters stays one text.
-    return load_recipe(recipe, [f"data.source={source}", f"data.root={json.dumps(root)}", *(overrides or [])])
+    return load_recipe(
+        recipe, [*(f"data.{key}={json.dumps(value)}" for key, value in chosen.items()), *(overrides or [])]
+    )

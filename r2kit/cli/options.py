@@ -12,7 +12,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes, e.g. train.epochs=3.")
 ]
 DataArgument = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder, a CSV or Parquet table, or bluemarble for the embedded tiles.")
+    str, typer.Argument(metavar="DATA", help="A folder, a CSV or Parquet table, torchvision:NAME, or bluemarble.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass; does not change the result.")]

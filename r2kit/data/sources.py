@@ -67,6 +67,10 @@ def open_source(spec: DataSpec) -> Source:
         from r2kit.data.bluemarble import BlueMarble
 
         return BlueMarble(spec.bluemarble)
+    if spec.resolved_source == "torchvision":
+        from r2kit.data.public import open_public
+
+        return open_public(spec, loader_workers(spec.workers))
     if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
         raise ValueError(f"data.root is needed for source '{spec.resolved_source}'")
     root, workers = Path(spec.root), loader_workers(spec.workers)

@@ -20,12 +20,30 @@ class BlueMarbleSpec(Spec):
     """Largest number of tiles of one class, so that ocean and polar do not drown the rest; null for no cap."""
 
 
+PublicName = Literal[
+    "cifar10",
+    "cifar100",
+    "dtd",
+    "eurosat",
+    "fashion_mnist",
+    "fgvc_aircraft",
+    "flowers102",
+    "food101",
+    "mnist",
+    "oxford_pets",
+    "stl10",
+]
+
+
 class DataSpec(Spec):
     """Where the images come from, how large the network sees them, and how they are split."""
 
-    source: Literal["auto", "bluemarble", "folder", "table"] = "auto"
-    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `bluemarble`: the embedded
-    satellite tiles. `auto`: `bluemarble` without `root`, `table` where it ends in .csv or .parquet, else `folder`."""
+    source: Literal["auto", "bluemarble", "folder", "table", "torchvision"] = "auto"
+    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `torchvision`: the public
+    set `name`. `bluemarble`: the embedded satellite tiles. `auto`: `torchvision` with `name`, `bluemarble` without
+    `name` and `root`, `table` where `root` ends in .csv or .parquet, else `folder`."""
+    name: PublicName | None = None
+    """A public set that torchvision downloads into the cache folder, with its own train and test where it has them."""
     root: str | None = None
     """Relative to the current folder. Folder: root/CLASS/image or root/{train,val,test}/CLASS/image. A table: columns
     path (relative to the table) and label, and where known split, group (what must stay together), lon and lat."""
@@ -101,15 +119,23 @@ class DataSpec(Spec):
             raise ValueError("root: source 'table' needs the CSV or Parquet file, e.g. data.root=path/to/images.csv")
         if self.allow_outside and self.resolved_source != "table":
             raise ValueError(f"allow_outside: only tables name paths; source '{self.resolved_source}' cannot honour it")
+        if self.source == "torchvision" and self.name is None:
+            raise ValueError("name: source 'torchvision' needs the name of a public set, e.g. data.name=eurosat")
+        if self.name is not None and self.source not in ("auto", "torchvision"):
+            raise ValueError(f"name: source '{self.source}' has no name; leave name out, or set data.source=auto")
+        if self.name is not None and self.root is not None:
+            raise ValueError(f"root: name={self.name} and root are both given; leave out one of the two")
         if self.source == "bluemarble" and self.root is not None:
             raise ValueError("root: source 'bluemarble' has no root; leave root out, or set data.source=folder")
         return self
 
     @property
-    def resolved_source(self) -> Literal["bluemarble", "folder", "table"]:
+    def resolved_source(self) -> Literal["bluemarble", "folder", "table", "torchvision"]:
         """The source with `auto` decided, by the name of `root` alone."""
         if self.source != "auto":
             return self.source
+        if self.name is not None:
+            return "torchvision"
         if self.root is None:
             return "bluemarble"
         return "table" if self.root.lower().endswith((".csv", ".parquet")) else "folder"
