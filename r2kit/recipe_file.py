@@ -107,14 +107,24 @@ def to_schema() -> dict[str, Any]:
     return schema
 
 
-def new_recipe() -> str:
-    """Return a starting point: every section, and in it every key with its meaning and default, commented out."""
+def new_recipe(task: str = "classification") -> str:
+    """Return a starting point: every section, and in it every key with its meaning and default, commented out.
+
+    Args:
+        task: The kind of task.
+
+    Raises:
+        RecipeError: If there is no such kind.
+    """
+    kinds = _members(Recipe.model_fields["task"])
+    if task not in kinds:
+        raise RecipeError(f"task: got {task}, allowed is one of {', '.join(kinds)}{did_you_mean(task, kinds)}")
     head = (
         "# A recipe states only what differs from the defaults: take the # away from a line to change it.\n"
         "#   r2kit recipe check FILE        is it right?\n"
         "#   r2kit finetune FILE --dry-run  everything up to the first two steps\n"
     )
-    return head + "\n".join(_commented(Recipe(), 0)) + "\n"
+    return head + "\n".join(_commented(Recipe.model_validate({"task": {"kind": task}}), 0)) + "\n"
 
 
 def _commented(spec: BaseModel, depth: int) -> Iterator[str]:
@@ -124,6 +134,8 @@ def _commented(spec: BaseModel, depth: int) -> Iterator[str]:
         value = getattr(spec, name)
         if isinstance(value, BaseModel):
             yield f"\n{pad}{name}:  # {(type(value).__doc__ or '').splitlines()[0]}"
+            if info.discriminator is not None and not isinstance(value, type(info.default)):
+                yield f"{pad}  {info.discriminator}: {getattr(value, str(info.discriminator))}"
             yield from _commented(value, depth + 1)
         else:
             yield f"{pad}#   {' '.join((info.description or '').split())}  [{_allowed(info)}]"
@@ -184,7 +196,7 @@ def _without_empty_sections(values: dict[str, Any], spec: type[BaseModel]) -> di
     """Drop sections with nothing below them (``data:`` alone), which YAML reads as null."""
     kept = {}
     for key, value in values.items():
-        inner = _model_of(spec.model_fields[key]) if key in spec.model_fields else None
+        inner = _model_of(spec.model_fields[key], value) if key in spec.model_fields else None
         if inner is not None and isinstance(value, dict):
             kept[key] = _without_empty_sections(value, inner)
         elif inner is None or value is not None:
@@ -199,13 +211,14 @@ def _copy(values: dict[str, Any]) -> dict[str, Any]:
 def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> list[str]:
     """Write ``key.path=value`` items into the draft and return the problems."""
     problems: list[str] = []
-    for item in overrides:
+    # What chooses a member of a union comes first, because it decides which keys there are beside it.
+    for item in sorted(overrides, key=lambda item: not item.partition("=")[0].strip().endswith(".kind")):
         key, separator, text = item.partition("=")
         if not separator or not key:
             problems.append(f"command line: '{item}': overrides are written key.path=value, e.g. train.epochs=3")
             continue
         path = tuple(key.strip().split("."))
-        fault = _unknown_key(path)
+        fault = _unknown_key(path, draft.values)
         if fault:
             problems.append(f"command line: {key}: {fault}")
             continue
@@ -232,25 +245,40 @@ def all_keys(spec: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     for name, info in spec.model_fields.items():
         inner = _model_of(info)
         if inner is not None:
-            yield from all_keys(inner, f"{prefix}{name}.")
+            members = _members(info).values() or [inner]
+            yield from dict.fromkeys(key for member in members for key in all_keys(member, f"{prefix}{name}."))
         else:
             yield f"{prefix}{name}"
 
 
-def _model_of(info: FieldInfo) -> type[BaseModel] | None:
+def _model_of(info: FieldInfo, value: Any = None) -> type[BaseModel] | None:
+    """Return the model below a key; of a union the member that the value's `kind` chooses, else the default one."""
     annotation = info.annotation
+    members = _members(info)
+    if members:
+        kind = value.get(str(info.discriminator)) if isinstance(value, dict) else None
+        return members.get(kind, type(info.default)) if isinstance(kind, str) else type(info.default)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _unknown_key(path: KeyPath) -> str | None:
-    """Return what is wrong with a key path, or None when the schema has it."""
+def _members(info: FieldInfo) -> dict[str, type[BaseModel]]:
+    """Return the members of a union by the word that chooses each; nothing for any other key."""
+    if info.discriminator is None:
+        return {}
+    chosen = str(info.discriminator)
+    return {member.model_fields[chosen].default: member for member in typing.get_args(info.annotation)}
+
+
+def _unknown_key(path: KeyPath, values: Any) -> str | None:
+    """Return what is wrong with a key path beside the values so far, or None when the schema has it."""
     spec: type[BaseModel] | None = Recipe
     for depth, part in enumerate(path):
         if spec is None:
             return f"'{'.'.join(path[:depth])}' holds one value and has no keys below it"
         if part not in spec.model_fields:
             return f"unknown key{_near_key(path[: depth + 1], spec)}"
-        spec = _model_of(spec.model_fields[part])
+        values = values.get(part) if isinstance(values, dict) else None
+        spec = _model_of(spec.model_fields[part], values)
     return None
 
 
@@ -261,6 +289,9 @@ def _near_key(path: KeyPath, spec: type[BaseModel]) -> str:
     if siblings:
         prefix = ".".join(parents)
         return siblings.replace("'", f"'{prefix}.", 1) if prefix else siblings
+    owner = _owner(path)
+    if owner:
+        return owner
     by_last: dict[str, str] = {}
     for key in all_keys():
         by_last.setdefault(key.rsplit(".", 1)[-1], key)
@@ -269,15 +300,35 @@ def _near_key(path: KeyPath, spec: type[BaseModel]) -> str:
     return f"; allowed here: {', '.join(spec.model_fields)}"
 
 
+def _owner(path: KeyPath) -> str:
+    """Return which member of a union has the key that another one lacks; an empty string where none has it."""
+    spec: type[BaseModel] | None = Recipe
+    for depth, part in enumerate(path):
+        if spec is None or part not in spec.model_fields:
+            return ""
+        info = spec.model_fields[part]
+        for kind, member in _members(info).items():
+            if ".".join(path[depth + 1 :]) in all_keys(member):
+                return f"; {'.'.join(path[: depth + 1])}.{info.discriminator}={kind} has it"
+        spec = _model_of(info)
+    return ""
+
+
 def _explain(error: ValidationError, draft: _Draft) -> list[str]:
     """Return one line for each key that pydantic refused."""
     lines: dict[KeyPath, str] = {}
     for detail in error.errors(include_url=False):
-        path, info, spec = _follow(tuple(detail["loc"]))
+        path, info, spec = _follow(tuple(detail["loc"]), draft.values)
+        if detail["type"] == "union_tag_invalid" and info is not None:
+            path, kinds = (*path, str(info.discriminator)), list(_members(info))
+            info = None
+            came = _value_at(draft.values, path)
+            hint = did_you_mean(came, kinds) if isinstance(came, str) else ""
+            detail["msg"] = f"got {_show(came)} ({_kind(came)}), allowed is one of {', '.join(kinds)}{hint}"
         dotted = ".".join(path)
         where = draft.place(path)
         if detail["type"] == "extra_forbidden":
-            unknown = (*path, str(detail["loc"][len(path)]))
+            unknown = (*path, str(detail["loc"][-1]))
             lines[unknown] = f"{draft.place(unknown)}: {'.'.join(unknown)}: unknown key{_near_key(unknown, spec)}"
         elif detail["type"] == "value_error":
             key, _, message = str(detail["ctx"]["error"]).partition(": ")
@@ -285,7 +336,7 @@ def _explain(error: ValidationError, draft: _Draft) -> list[str]:
             lines[at] = f"{draft.place(at)}: {'.'.join(at)}: {message}"
         elif info is not None and path not in lines:
             came = _value_at(draft.values, path)
-            inner = _model_of(info)
+            inner = _model_of(info, came)
             allowed = f"keys below it ({', '.join(inner.model_fields)})" if inner is not None else _allowed(info)
             hint = did_you_mean(came, _choices(info)) if isinstance(came, str) else ""
             lines[path] = f"{where}: {dotted}: got {_show(came)} ({_kind(came)}), allowed is {allowed}{hint}"
@@ -294,17 +345,19 @@ def _explain(error: ValidationError, draft: _Draft) -> list[str]:
     return list(lines.values())
 
 
-def _follow(loc: tuple[int | str, ...]) -> tuple[KeyPath, FieldInfo | None, type[BaseModel]]:
+def _follow(loc: tuple[int | str, ...], values: Any) -> tuple[KeyPath, FieldInfo | None, type[BaseModel]]:
     """Walk a pydantic location as far as it names keys of the recipe; what follows are members of a union."""
     spec: type[BaseModel] = Recipe
     info: FieldInfo | None = None
     path: list[str] = []
     for part in loc:
+        if info is not None and part in _members(info):
+            continue  # pydantic names the chosen member of a union after the key
         if part not in spec.model_fields or not isinstance(part, str):
             break
         info = spec.model_fields[part]
         path.append(part)
-        inner = _model_of(info)
+        inner = _model_of(info, _value_at(values, tuple(path)))
         if inner is None:
             break
         spec = inner

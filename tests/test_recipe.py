@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from r2kit.errors import RecipeError
-from r2kit.recipe import DataSpec, Recipe
+from r2kit.recipe import ClassificationSpec, DataSpec, Recipe, SegmentationSpec
 from r2kit.recipe_file import (
     all_keys,
     find_recipe,
@@ -122,15 +122,62 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path):
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
 
 
-def test_starting_point_is_the_defaults_and_names_every_key(tmp_path):
-    text = new_recipe()
-    assert load_recipe(write(tmp_path, text, "recipe.yaml")) == Recipe()
+KINDS = {"classification": ClassificationSpec, "segmentation": SegmentationSpec}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starting_point_is_the_defaults_and_names_every_key(tmp_path, kind):
+    text, recipe = new_recipe(kind), Recipe(task=KINDS[kind]())
+    assert load_recipe(write(tmp_path, text, "recipe.yaml")) == recipe
     for key in all_keys():
+        if not key.startswith("task."):
+            assert f"# {key.rsplit('.', 1)[-1]}: " in text
+    for key in all_keys(KINDS[kind]):
         assert f"# {key.rsplit('.', 1)[-1]}: " in text
     # Taking every comment sign off the values gives a valid recipe too.
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#   ") and line[:1] != "#"]
+    lines = [line for line in lines if line != f"  kind: {kind}"]  # said already where it is not the default
     active = [line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in lines]
-    assert load_recipe(write(tmp_path, "\n".join(active), "recipe.yaml")) == Recipe()
+    assert load_recipe(write(tmp_path, "\n".join(active), "recipe.yaml")) == recipe
+
+
+def test_starting_point_of_an_unknown_task():
+    with pytest.raises(RecipeError, match="allowed is one of classification, segmentation.*did you mean 'segment"):
+        new_recipe("segmentatoin")
+
+
+def test_the_kind_of_task_says_which_keys_there_are(tmp_path):
+    path = write(tmp_path, "task:\n  kind: segmentation\n  decodr: fpn\n  loss:\n    dice: much\n")
+    found = problems(path, ["task.label_smoothing=0.1"])
+    assert f"{path}:3: task.decodr: unknown key; did you mean 'task.decoder'?" in found
+    assert f"{path}:5: task.loss.dice: got much (text), allowed is a number at least 0" in found
+    assert "command line: task.label_smoothing: unknown key; task.kind=classification has it" in found
+    assert len(found) == 3
+    path = write(tmp_path, "task:\n  kind: segmentatoin\n")
+    allowed = "one of " + ", ".join(KINDS)
+    assert problems(path) == [
+        f"{path}:2: task.kind: got segmentatoin (text), allowed is {allowed}; did you mean 'segmentation'?"
+    ]
+    assert problems({}, ["task=3"])[0].startswith("command line: task: got 3 (a whole number), allowed is keys below")
+
+
+def test_overrides_of_a_task_may_come_before_its_kind():
+    recipe = load_recipe({}, ["task.decoder=fpn", "task.kind=segmentation"])
+    assert recipe.task == SegmentationSpec(decoder="fpn")
+    assert recipe.target == "mask"
+    assert "task.decoder: unknown key; task.kind=segmentation has it" in problems({}, ["task.decoder=fpn"])[0]
+    assert load_recipe({"task": {"label_smoothing": 0.1}}).task == ClassificationSpec(label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output_stride": 8}, "task.output_stride: only deeplabv3, deeplabv3plus and pan"),
+        ({"loss": {"cross_entropy": 0.0}}, "task.loss.cross_entropy: every loss has weight 0"),
+    ],
+)
+def test_a_segmentation_that_contradicts_itself(values, message):
+    assert message in problems({"task": {"kind": "segmentation", **values}})[0]
 
 
 def test_schema_documents_every_key_and_forbids_others():

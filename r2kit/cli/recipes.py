@@ -44,11 +44,12 @@ def recipe_schema() -> None:
 @recipe_app.command("new")
 def recipe_new(
     file: Annotated[Path | None, typer.Argument(help="File to write; printed when left out.")] = None,
+    task: Annotated[str, typer.Option(help="The kind of task, e.g. segmentation.")] = "classification",
 ) -> None:
     """Write a commented starting point with every key and its default."""
     from r2kit.recipe_file import new_recipe
 
-    _write_new(new_recipe(), file)
+    _write_new(new_recipe(task), file)
 
 
 @recipe_app.command("copy")

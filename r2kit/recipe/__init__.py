@@ -15,17 +15,29 @@ from r2kit.recipe.augment import AugmentSpec
 from r2kit.recipe.base import Spec
 from r2kit.recipe.data import BlueMarbleSpec, DataSpec
 from r2kit.recipe.model import ModelSpec
-from r2kit.recipe.task import ClassificationSpec
+from r2kit.recipe.task import (
+    TARGET_OF_KIND,
+    ClassificationSpec,
+    SegmentationLossSpec,
+    SegmentationSpec,
+    Target,
+    TaskSpec,
+)
 from r2kit.recipe.train import TrainSpec
 
 __all__ = [
+    "TARGET_OF_KIND",
     "AugmentSpec",
     "BlueMarbleSpec",
     "ClassificationSpec",
     "DataSpec",
     "ModelSpec",
     "Recipe",
+    "SegmentationLossSpec",
+    "SegmentationSpec",
     "Spec",
+    "Target",
+    "TaskSpec",
     "TrainSpec",
 ]
 
@@ -38,10 +50,16 @@ class Recipe(Spec):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The one seed behind weights, split, order, augmentation and mixing."""
     data: DataSpec = DataSpec()
-    task: ClassificationSpec = ClassificationSpec()
+    task: TaskSpec = ClassificationSpec()
+    """What is learned; its `kind` says which keys there are."""
     model: ModelSpec = ModelSpec()
     train: TrainSpec = TrainSpec()
     augment: AugmentSpec = AugmentSpec()
+
+    @property
+    def target(self) -> Target:
+        """What every image must carry for the task."""
+        return TARGET_OF_KIND[self.task.kind]
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -1,12 +1,14 @@
-"""The `task` part of a recipe."""
+"""The `task` part of a recipe: a union whose member `kind` chooses."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from r2kit.recipe.base import Fraction, Spec
+from r2kit.recipe.base import Fraction, Positive, Spec
+
+Weight = Annotated[float, Field(ge=0.0)]
 
 
 class ClassificationSpec(Spec):
@@ -32,6 +34,68 @@ class ClassificationSpec(Spec):
         return self
 
 
+class SegmentationLossSpec(Spec):
+    """The sum that is minimised: the weight of each loss, 0 for none."""
+
+    cross_entropy: Weight = 1.0
+    """Cross-entropy of every labelled pixel."""
+    dice: Weight = 0.0
+    """One minus the Dice overlap of each class over the batch."""
+    focal: Weight = 0.0
+    """Cross-entropy in which pixels that are right already count less."""
+    lovasz: Weight = 0.0
+    """The Lovasz extension of one minus the intersection over union of each class."""
+    focal_gamma: Weight = 2.0
+    """How much less: the power of one minus the probability of the true class."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target of the cross-entropy spread evenly over all classes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SegmentationLossSpec:
+        if self.cross_entropy + self.dice + self.focal + self.lovasz == 0.0:
+            raise ValueError("cross_entropy: every loss has weight 0; give at least one a weight, e.g. cross_entropy=1")
+        return self
+
+
+class SegmentationSpec(Spec):
+    """One class per pixel."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    """What the network predicts."""
+    decoder: Literal[
+        "unet",
+        "unetplusplus",
+        "manet",
+        "linknet",
+        "fpn",
+        "pspnet",
+        "deeplabv3",
+        "deeplabv3plus",
+        "pan",
+        "upernet",
+    ] = "unet"
+    """What turns the backbone's maps into classes of pixels, from segmentation-models-pytorch (extra ``seg``)."""
+    output_stride: Literal[8, 16] | None = None
+    """For deeplabv3, deeplabv3plus and pan: image size over the size of the backbone's last map, kept small by
+    dilation; null for the decoder's own, 8 for deeplabv3 and 16 for the others."""
+    loss: SegmentationLossSpec = SegmentationLossSpec()
+    class_weights: Literal["none", "balanced"] | Annotated[tuple[Positive, ...], Field(strict=False)] = "none"
+    """Weight of each class in cross_entropy and focal: all alike; `balanced`: the median share of pixels over the
+    class's own, measured on the training masks; or a list in the order of the classes."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
+    """Share of a tile that neighbouring tiles have in common where an image larger than `data.image_size` is read in
+    tiles (data.resize=tile)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SegmentationSpec:
+        if self.output_stride is not None and self.decoder not in ("deeplabv3", "deeplabv3plus", "pan"):
+            raise ValueError(
+                f"output_stride: only deeplabv3, deeplabv3plus and pan keep maps large by dilation; leave it out with "
+                f"decoder={self.decoder}"
+            )
+        return self
+
+
 def refuse_unused(spec: Spec, name: str, key: str, needed: str) -> None:
     """Refuse a value that nothing would read.
 
@@ -47,3 +111,18 @@ def refuse_unused(spec: Spec, name: str, key: str, needed: str) -> None:
     value = getattr(spec, name)
     if getattr(spec, key) != needed and value != type(spec).model_fields[name].default:
         raise ValueError(f"{name}: {value:g} has no effect with {key}={getattr(spec, key)}; set {key}={needed} too")
+
+
+def _default_kind(values: Any) -> Any:
+    """Let a task without a kind be a classification, as a recipe without a task is."""
+    return {"kind": "classification", **values} if isinstance(values, dict) else values
+
+
+TaskSpec = Annotated[
+    Annotated[ClassificationSpec | SegmentationSpec, Field(discriminator="kind")], BeforeValidator(_default_kind)
+]
+"""What a recipe's `task` can be."""
+
+Target = Literal["class", "classes", "mask", "boxes"]
+TARGET_OF_KIND: dict[str, Target] = {"classification": "class", "segmentation": "mask"}
+"""What an image must carry for each kind of task; a source of labels finds out by itself whether they are several."""
