@@ -60,6 +60,7 @@ class BlueMarble:
     name = "bluemarble"
     target: Target = "class"
     classes: tuple[str, ...] = CLASSES
+    strata: tuple[str, ...] = CLASSES
     bands: tuple[str, ...] = ("red", "green", "blue")
     scale = 255.0
     nodata: float | None = None

@@ -61,14 +61,14 @@ def check_data(recipe: Recipe, out: Path) -> Verdict:
     Raises:
         DataError: If there is nothing to check at all, or `out` cannot be written.
     """
-    source = open_source(recipe.data.model_copy(update={"on_bad_file": "skip"}))
+    source = open_source(recipe.data.model_copy(update={"on_bad_file": "skip"}), recipe.target)
     findings = _unusable(source, skip=recipe.data.on_bad_file == "skip")
     manifest = source.manifest.assign(
-        **{"class": [source.classes[label] for label in source.manifest["label"]]}, part=None
+        **{"class": [source.strata[label] for label in source.manifest["label"]]}, part=None
     )
     split: Split | None = None
     try:
-        split = make_split(source.manifest, source.classes, recipe.data, recipe.seed, source.contents)
+        split = make_split(source.manifest, source.strata, recipe.data, recipe.seed, source.contents)
     except DataError as error:
         findings.append(Finding("split", True, str(error), "change what the message names, or add images"))
     measured, lows = _measure(source)

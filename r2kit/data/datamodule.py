@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import lightning
 import numpy as np
 import pandas as pd
 import torch
 
+from r2kit.data.dense import MaskSamples
 from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
 from r2kit.data.mix import draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.sampling import expected_draws
-from r2kit.data.sources import Source, loader_workers, open_source
+from r2kit.data.sources import DenseSource, Source, loader_workers, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.statistics import band_statistics, check_fit
 from r2kit.errors import DataError, did_you_mean
-from r2kit.recipe import AugmentSpec, DataSpec
+from r2kit.recipe import AugmentSpec, DataSpec, Target
 
 _TAG_MIX = 5
 
@@ -38,6 +40,7 @@ class DataModule(lightning.LightningDataModule):
         preprocess: That of a run, for using its model on data; None makes one from the data.
         split_file: A split to use instead of making one, as `Split.save` wrote it.
         all_test: Put every image into the test part: for evaluating on other data than the run was trained on.
+        target: What every image must carry for the task, see `Recipe.target`.
     """
 
     source: Source
@@ -54,6 +57,7 @@ class DataModule(lightning.LightningDataModule):
         preprocess: Preprocess | None = None,
         split_file: Path | None = None,
         all_test: bool = False,
+        target: Target = "class",
     ) -> None:
         super().__init__()
         if split_file is not None and all_test:
@@ -65,6 +69,7 @@ class DataModule(lightning.LightningDataModule):
         self._given_preprocess = preprocess
         self._split_file = split_file
         self._all_test = all_test
+        self.target = target
         self._ready = False
         self._statistics: pd.DataFrame | None = None
 
@@ -77,7 +82,7 @@ class DataModule(lightning.LightningDataModule):
         """
         if self._ready:
             return
-        self.source = open_source(self.spec)
+        self.source = open_source(self.spec, self.target)
         if self._given_preprocess is not None:
             self._check_bands(self._given_preprocess)
         self.labels = self._labels()
@@ -110,9 +115,28 @@ class DataModule(lightning.LightningDataModule):
         return self.source.skipped
 
     def counts(self) -> pd.DataFrame:
-        """Images per class (rows, in the order of the classes) and part (columns train, val, test)."""
-        table = {part: np.bincount(self.labels[self.split.rows(part)], minlength=len(self.classes)) for part in PARTS}
-        return pd.DataFrame(table, index=pd.Index(self.classes, name="class"))
+        """Images per class (rows, in the order of the classes) and part (columns train, val, test).
+
+        One row for all images where these have no single class.
+        """
+        names = self.strata
+        table = {part: np.bincount(self.labels[self.split.rows(part)], minlength=len(names)) for part in PARTS}
+        return pd.DataFrame(table, index=pd.Index(names, name="class"))
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        """Names that the labels are positions in: the classes, or one name where an image has no single class."""
+        return self.classes if self.source.strata == self.source.classes else self.source.strata
+
+    def pixel_shares(self) -> pd.DataFrame:
+        """Share of the labelled pixels of each class (rows) in each part (columns); for masks."""
+        pixels = cast(DenseSource, self.source).pixels
+        shares = {}
+        for part in PARTS:
+            count = np.zeros(len(self.classes))
+            count[self.positions] = pixels[self.split.rows(part)].sum(axis=0)
+            shares[part] = count / max(count.sum(), 1.0)
+        return pd.DataFrame(shares, index=pd.Index(self.classes, name="class"))
 
     def band_statistics(self) -> pd.DataFrame:
         """Mean, std, min and max of each band over the training images, in raw units; measured once.
@@ -162,18 +186,12 @@ class DataModule(lightning.LightningDataModule):
             world=torch.distributed.get_world_size() if distributed else 1,
             expected=self.expected_draws(rows) if train and self.spec.sampler != "shuffle" else None,
         )
-        samples = Samples(
-            self.source,
-            self.labels,
-            self.preprocess,
-            augment=self.augment.preset if train and self.augment.preset != "none" else None,
-            seed=self.seed,
-        )
+        samples = self._samples(train)
         workers = 0 if self.spec.workers == "auto" and self.source.in_memory else loader_workers(self.spec.workers)
         return make_loader(
             samples,
             sampler,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if train else self._batch_of_whole_images(),
             workers=workers,
             start_method=self.source.start_method,
         )
@@ -187,6 +205,28 @@ class DataModule(lightning.LightningDataModule):
         rows = self.split.train
         drawn = np.bincount(self.labels[rows], self.expected_draws(rows), minlength=len(self.classes))
         return [round(value) for value in drawn]
+
+    def _samples(self, train: bool) -> Samples:
+        """The images, with what they carry."""
+        preset = self.augment.preset if train and self.augment.preset != "none" else None
+        if self.target == "mask":
+            return MaskSamples(
+                cast(DenseSource, self.source),
+                self.labels,
+                self.preprocess,
+                preset,
+                self.seed,
+                train=train,
+                positions=None if self.source.classes == self.classes else self.positions,
+            )
+        return Samples(self.source, self.labels, self.preprocess, preset, self.seed)
+
+    def _batch_of_whole_images(self) -> int:
+        """Images of a batch for evaluation: fewer where whole images are larger than the network's input."""
+        if self.preprocess.resize != "tile" or self.source.contents is None:
+            return self.batch_size
+        largest = int((self.source.contents["height"] * self.source.contents["width"]).max())
+        return max(1, self.batch_size * self.preprocess.size[0] * self.preprocess.size[1] // max(largest, 1))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mix the batch on its device while training; called by the trainer."""
@@ -235,6 +275,7 @@ class DataModule(lightning.LightningDataModule):
     def _labels(self) -> np.ndarray:
         """Labels of the manifest, as positions in the run's classes where a run is given."""
         labels = self.source.manifest["label"].to_numpy(dtype=np.int64)
+        self.positions = np.arange(len(self.source.classes))
         if self._given_preprocess is None or self._given_preprocess.classes == self.source.classes:
             return labels
         known = list(self._given_preprocess.classes)
@@ -243,7 +284,8 @@ class DataModule(lightning.LightningDataModule):
                 raise DataError(
                     f"class '{name}' is unknown to the run, which knows {', '.join(known)}{did_you_mean(name, known)}"
                 )
-        return np.array([known.index(name) for name in self.source.classes], dtype=np.int64)[labels]
+        self.positions = np.array([known.index(name) for name in self.source.classes], dtype=np.int64)
+        return self.positions[labels] if self.source.strata == self.source.classes else labels
 
     def _make_split(self) -> Split:
         """The split of the given file, everything in the test part, or a new one."""
@@ -252,8 +294,8 @@ class DataModule(lightning.LightningDataModule):
             return Split.load(self._split_file, manifest)
         if self._all_test:
             return Split.all_test(manifest)
-        split = make_split(manifest, self.source.classes, self.spec, self.seed, self.source.contents)
+        split = make_split(manifest, self.source.strata, self.spec, self.seed, self.source.contents)
         leaks = find_leaks(self.source, split)
         if leaks and self.spec.on_leak == "error":
             raise DataError(f"{leaks[0].text}: the result would not be true; {leaks[0].mend}")
-        return without_leaks(split, leaks, manifest, self.source.classes) if leaks else split
+        return without_leaks(split, leaks, manifest, self.source.strata) if leaks else split

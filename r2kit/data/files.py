@@ -64,14 +64,14 @@ class ImageFiles:
         reasons, common = _refused(name, listed, bands)
         self.skipped = [(str(root / identity), reason) for identity, reason in reasons.items()]
         if self.skipped and on_bad_file == "error":
-            raise DataError(_bad_files_message(self.skipped, len(listed)))
+            raise DataError(bad_files_message(self.skipped, len(listed)))
         listed = listed[~listed["id"].isin(reasons)].reset_index(drop=True)
         for label in self.classes:
             if not (listed["class"] == label).any():
                 raise DataError(f"{name}: class '{label}' has no usable image, e.g. {self.skipped[0][1]}")
 
         if common is None:
-            raise DataError(_bad_files_message(self.skipped, len(self.skipped)))
+            raise DataError(bad_files_message(self.skipped, len(self.skipped)))
         self.bands: tuple[str, ...] = common.bands
         self.scale = common.scale
         self.nodata = common.nodata
@@ -86,6 +86,7 @@ class ImageFiles:
                 **place,
             }
         )
+        self.strata = self.classes
         self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "flat", "height", "width", "crs", "bounds"]]
         self.fingerprint = fingerprint_of(zip(listed["id"], self.manifest["label"], listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
@@ -114,11 +115,9 @@ def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.D
         One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), flat (of one colour), height,
         width, error (None for a good file), and the fields of `ImageInfo`.
     """
-    memory = (
-        cache_folder() / "checked" / f"{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:16]}.parquet"
-    )
-    stamps = [_stamp(root / identity) for identity in ids]
-    known = _recall(memory)
+    memory = memory_of(name)
+    stamps = [stamp_of(root / identity) for identity in ids]
+    known = recall(memory, _CHECK)
     rows = [known.get((identity, stamp)) for identity, stamp in zip(ids, stamps, strict=True)]
     fresh = [i for i, row in enumerate(rows) if row is None]
     if fresh:
@@ -126,8 +125,13 @@ def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.D
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for i, row in zip(fresh, pool.map(lambda i: _check_file(root, ids[i], stamps[i]), fresh), strict=True):
                 rows[i] = row
-        _remember(memory, pd.DataFrame(rows))
+        remember(memory, pd.DataFrame(rows))
     return pd.DataFrame(rows).drop(columns=["stamp", "check"])
+
+
+def memory_of(name: str) -> Path:
+    """Return the file in which the checks of a source are remembered."""
+    return cache_folder() / "checked" / f"{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:16]}.parquet"
 
 
 def _refused(
@@ -178,7 +182,7 @@ def _contradictory(good: pd.DataFrame) -> dict[str, str]:
     return reasons
 
 
-def _bad_files_message(bad: list[tuple[str, str]], total: int) -> str:
+def bad_files_message(bad: list[tuple[str, str]], total: int) -> str:
     """One line for one or many files."""
     shown = "; ".join(f"{path}: {reason}" for path, reason in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -188,7 +192,7 @@ def _bad_files_message(bad: list[tuple[str, str]], total: int) -> str:
     )
 
 
-def _stamp(path: Path) -> str:
+def stamp_of(path: Path) -> str:
     """Size and modification time, by which an unchanged file is known."""
     try:
         status = path.stat()
@@ -230,17 +234,22 @@ def pixel_hash(pixels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _recall(memory: Path) -> dict[tuple[str, str], dict[str, object]]:
-    """Rows of earlier checks by (id, stamp); a memory that cannot be read is forgotten."""
+def recall(memory: Path, check: int) -> dict[tuple[str, str], dict[str, object]]:
+    """Return the rows of earlier checks by (id, stamp); a memory that cannot be read is forgotten.
+
+    Args:
+        memory: File that `remember` wrote.
+        check: Number of the check that the rows must come from.
+    """
     try:
         frame = pd.read_parquet(memory)
-        frame = frame[frame["check"] == _CHECK].astype(object).where(lambda f: f.notna(), None)
+        frame = frame[frame["check"] == check].astype(object).where(lambda f: f.notna(), None)
         return {(str(row["id"]), str(row["stamp"])): row for row in frame.to_dict("records")}  # type: ignore[misc]
     except Exception:  # missing, damaged or of another version: the files are simply checked again
         return {}
 
 
-def _remember(memory: Path, rows: pd.DataFrame) -> None:
+def remember(memory: Path, rows: pd.DataFrame) -> None:
     """Write the checks for the next run; a full or read-only disk costs only time."""
     draft = memory.with_name(f"{memory.name}.{os.getpid()}.part")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from r2kit.data.preprocess import Preprocess
 from r2kit.data.sampling import draw_epoch
 from r2kit.data.sources import Source
 from r2kit.errors import DataError
+
+if TYPE_CHECKING:
+    from r2kit.data.transforms import Augment
 
 Batch = dict[str, Tensor]
 _TAG_ORDER, _TAG_AUGMENT = 3, 4  # keep the random numbers of the uses of one seed apart
@@ -122,7 +125,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.preprocess = preprocess
         self.preset = augment
         self.seed = seed
-        self._augment: Any = None  # made on first use: a loader process that starts afresh makes its own
+        self._augment: Augment | None = None  # made on first use: a loader process that starts afresh makes its own
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -132,16 +135,25 @@ class Samples(Dataset[dict[str, Any]]):
         epoch, row, *copy = key
         raw = self.source.read(row)
         if self.preset is not None:
-            if self._augment is None:
-                from r2kit.data.transforms import Augment  # albumentations takes seconds to import
-
-                self._augment = Augment(self.preset, nodata=self.preprocess.nodata)  # type: ignore[arg-type]
-            raw = self._augment(raw, (self.seed, _TAG_AUGMENT, epoch, row, *copy))
+            raw = self.augmentation(raw, (self.seed, _TAG_AUGMENT, epoch, row, *copy))
         try:
             image = self.preprocess.fit(raw)
         except DataError as error:
             raise DataError(f"{self.source.manifest['path'].iloc[row]}: {error}") from error
         return {"image": image, "label": self.labels[row], "index": row}
+
+    @property
+    def augmentation(self) -> Augment:
+        """The augmentation that the preset names."""
+        if self._augment is None:
+            from r2kit.data.transforms import Augment  # albumentations takes seconds to import
+
+            self._augment = Augment(self.preset, nodata=self.preprocess.nodata)  # type: ignore[arg-type]
+        return self._augment
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Stack what `__getitem__` gave, see `Collate`."""
+        return Collate(self.preprocess)(samples)
 
 
 class Collate:
@@ -199,7 +211,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=Collate(samples.preprocess),
+        collate_fn=samples.collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker if workers else None,

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError, RunError
 
-ResizeMode = Literal["squash", "crop", "pad"]
+ResizeMode = Literal["squash", "crop", "pad", "tile"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
@@ -39,7 +40,8 @@ class Preprocess:
     size: tuple[int, int]
     """(H, W) of the network's input in pixels."""
     resize: ResizeMode
-    """How another shape reaches `size`: stretched; centre cut out at the same aspect; or padded."""
+    """How another shape reaches `size`: stretched; centre cut out at the same aspect; padded; or not at all (`tile`):
+    `fit` then leaves images as large as they are, to be read in tiles of `size`."""
     interpolation: Interpolation
     """How resized pixels are computed; shrinking averages over all pixels it covers (antialias)."""
     classes: tuple[str, ...]
@@ -63,7 +65,7 @@ class Preprocess:
         if not self.scale > 0:
             raise DataError(f"preprocess: scale {self.scale} must be above zero")
         for name, value, allowed in (
-            ("resize", self.resize, ("squash", "crop", "pad")),
+            ("resize", self.resize, ("squash", "crop", "pad", "tile")),
             ("interpolation", self.interpolation, ("nearest", "bilinear", "bicubic")),
         ):
             if value not in allowed:
@@ -142,7 +144,7 @@ class Preprocess:
             raw: (H, W, C) raw pixels, bands in the order of `bands`.
 
         Returns:
-            (C, h, w) float32, normalised, (h, w) = `size`.
+            (C, h, w) float32, normalised, (h, w) = `size`, but for ``resize='tile'`` (H, W).
 
         Raises:
             DataError: If the number of bands differs.
@@ -174,9 +176,60 @@ class Preprocess:
         elif any(stride < 0 for stride in raw.strides):
             raw = np.ascontiguousarray(raw)
         image = torch.from_numpy(raw).permute(2, 0, 1)  # (C, H, W)
+        if self.resize == "tile":
+            return image.contiguous()
         if self.resize == "pad":
             return self._pad(self._resample(image, inner_size(raw.shape[:2], self.size)))
         return self._resample(image, self.size)
+
+    def fit_mask(self, mask: np.ndarray) -> Tensor:
+        """Bring a mask to where `fit` brings its image; no values but the mask's own and `IGNORE` come out.
+
+        Args:
+            mask: (H, W) uint8.
+
+        Returns:
+            (h, w) uint8; `IGNORE` where the image is filled up.
+        """
+        if self.resize == "crop":
+            mask = mask[centre_window(mask.shape, self.size)]
+        given = torch.from_numpy(np.ascontiguousarray(mask))[None, None]  # (1, 1, H, W)
+        if self.resize == "tile":
+            return given[0, 0].clone()
+        size = inner_size(mask.shape, self.size) if self.resize == "pad" else self.size
+        fitted = given if tuple(given.shape[2:]) == size else F.interpolate(given, size, mode="nearest-exact")
+        canvas = torch.full(self.size, IGNORE, dtype=torch.uint8)
+        top, left = (self.size[0] - size[0]) // 2, (self.size[1] - size[1]) // 2
+        canvas[top : top + size[0], left : left + size[1]] = fitted[0, 0]
+        return canvas
+
+    def unfit(self, maps: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Bring maps over the network's input back to the pixels of the original image.
+
+        Args:
+            maps: (K, h, w) float, such as logits, (h, w) as `fit` gave.
+            shape: (H, W) of the original image.
+
+        Returns:
+            (K, H, W) float, resized bilinearly, and (H, W) bool: where the network saw the image. The maps are zero
+            elsewhere, which is what ``resize='crop'`` cut off.
+        """
+        everywhere = torch.ones(shape, dtype=torch.bool, device=maps.device)
+        if self.resize == "tile":
+            return maps, everywhere
+        if self.resize == "pad":
+            height, width = inner_size(shape, self.size)
+            top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
+            maps = maps[:, top : top + height, left : left + width]
+        window = centre_window(shape, self.size) if self.resize == "crop" else (slice(0, shape[0]), slice(0, shape[1]))
+        size = (window[0].stop - window[0].start, window[1].stop - window[1].start)
+        if tuple(maps.shape[1:]) != size:
+            maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+        whole = maps.new_zeros((len(maps), *shape))
+        whole[:, window[0], window[1]] = maps
+        seen = torch.zeros_like(everywhere)
+        seen[window] = True
+        return whole, seen
 
     def normalize(self, images: Tensor) -> Tensor:
         """Scale and normalise a batch.

@@ -6,14 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from r2kit.recipe import DataSpec
+from r2kit.data.targets import MaskTarget
+from r2kit.recipe import DataSpec, Target
 
-Target = Literal["class", "classes", "mask", "boxes"]
 MANIFEST_COLUMNS = ("id", "path", "label", "split", "group", "lon", "lat")
 
 
@@ -25,7 +25,10 @@ class Source(Protocol):
     target: Target
     """What a row carries beside its image: one class, several classes, a mask, or boxes."""
     classes: tuple[str, ...]
-    """Class names; a label is a position in it."""
+    """Class names."""
+    strata: tuple[str, ...]
+    """Names that the labels of the manifest are positions in, and that a split keeps in proportion: the classes, or one
+    name for all images where an image has no single class."""
     bands: tuple[str, ...]
     """Band names in the order of the last axis of `read`."""
     scale: float
@@ -33,7 +36,7 @@ class Source(Protocol):
     nodata: float | None
     """Raw value that means "no measurement", if the files declare one."""
     manifest: pd.DataFrame
-    """One row per usable image: id (unique str), path (str), label (int), split ('train', 'val', 'test' or None),
+    """One row per usable image: id (unique str), path (str), label (int, position in strata), split ('train', 'val', 'test' or None),
     group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
     contents: pd.DataFrame | None
     """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
@@ -53,16 +56,32 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: DataSpec) -> Source:
+class DenseSource(Source, Protocol):
+    """A source whose rows carry what belongs to the places of their image."""
+
+    pixels: np.ndarray
+    """(N, K) int64, for masks: pixels of each class in each row of the manifest."""
+
+    def read_target(self, row: int) -> MaskTarget:
+        """Return what belongs to the image of a manifest row."""
+        ...
+
+
+def open_source(spec: DataSpec, target: Target = "class") -> Source:
     """Open the source that a recipe names.
 
     Args:
         spec: The `data` part of a recipe.
+        target: What its rows must carry, see `Recipe.target`.
 
     Raises:
         DataError: If the data cannot be used.
         MissingExtraError: If the source needs packages of an extra that is not installed.
     """
+    if target == "mask":
+        from r2kit.data.masks import open_masks
+
+        return open_masks(spec)
     if spec.resolved_source == "bluemarble":
         from r2kit.data.bluemarble import BlueMarble
 

@@ -280,7 +280,7 @@ def write_splits(source: Source, spec: DataSpec, seed: int, out: Path) -> list[t
     written = []
     for fold in range(spec.folds or 1):
         split = make_split(
-            source.manifest, source.classes, spec.model_copy(update={"fold": fold}), seed, source.contents
+            source.manifest, source.strata, spec.model_copy(update={"fold": fold}), seed, source.contents
         )
         path = out if spec.folds is None else out.with_name(f"{out.stem}-{fold}{out.suffix}")
         write_table(split.table(source.manifest), path)

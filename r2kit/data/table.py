@@ -14,10 +14,11 @@ from r2kit.data.files import ImageFiles
 from r2kit.data.folder import PART_OF_FOLDER
 from r2kit.errors import DataError, did_you_mean
 
-COLUMNS = ("path", "label", "split", "group", "lon", "lat")
+COLUMNS = ("path", "label", "mask", "split", "group", "lon", "lat")
 _MEANT = {  # what people write for a column: overlooking it could let a group leak, so it is asked about
     "path": ("file", "filename", "filepath", "file_path", "image", "image_path", "img"),
     "label": ("class", "class_name", "category", "target"),
+    "mask": ("masks", "mask_path", "segmentation", "annotation"),
     "split": ("subset", "part"),
     "group": ("groups", "group_id"),
     "lon": ("longitude", "long", "lng"),
@@ -49,7 +50,7 @@ class ImageTable(ImageFiles):
         on_bad_file: Literal["error", "skip"] = "error",
         workers: int = 1,
     ) -> None:
-        listed = _list_images(table, allow_outside)
+        listed = list_table(table, allow_outside)
         names = sorted(listed["class"].unique())
         if len(names) < 2:
             raise DataError(f"{table}: only one label, '{names[0]}'; a classifier needs at least two")
@@ -116,29 +117,46 @@ def _text(cell: object) -> str:
     return str(cell)
 
 
-def _list_images(table: Path, allow_outside: bool) -> pd.DataFrame:
-    """Columns id (path relative to the table's folder, or absolute), class, part, group, lon, lat."""
+def list_table(table: Path, allow_outside: bool, carried: Literal["label", "mask"] = "label") -> pd.DataFrame:
+    """Read what a table says of its images.
+
+    Args:
+        table: CSV or Parquet file.
+        allow_outside: Accept paths that leave the table's folder.
+        carried: The column that must stand beside path: the class of an image, or the path of its mask.
+
+    Returns:
+        Columns id (path relative to the table's folder, or absolute), class (`image` for masks), part, group, lon, lat,
+        and mask (relative like id) for masks.
+
+    Raises:
+        DataError: If the table cannot be read, lacks a column, or a cell cannot be used.
+    """
     frame = read_table(table, "a table of images")
-    _check_columns(table, list(frame.columns))
-    frame = frame[[name for name in COLUMNS if name in frame.columns]].apply(lambda column: column.str.strip())
-    for name in ("path", "label"):
+    used = tuple(name for name in COLUMNS if name == carried or name not in ("label", "mask"))
+    _check_columns(table, list(frame.columns), used)
+    frame = frame[[name for name in used if name in frame.columns]].apply(lambda column: column.str.strip())
+    for name in ("path", carried):
         _refuse(table, frame, frame[name] == "", f"have no {name}")
-    frame["path"] = [os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/") for path in frame["path"]]
-    outside = frame["path"].map(lambda path: os.path.isabs(path) or path == ".." or path.startswith("../"))
-    if not allow_outside:
-        _refuse(
-            table, frame, outside, "have a path outside the table's folder", "; allow it with data.allow_outside=true"
-        )
+    for name in ("path", "mask")[: 2 if carried == "mask" else 1]:
+        frame[name] = [os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/") for path in frame[name]]
+        outside = frame[name].map(lambda path: os.path.isabs(path) or path == ".." or path.startswith("../"))
+        if not allow_outside:
+            what = f"have a {name} outside the table's folder"
+            _refuse(table, frame, outside, what, "; allow it with data.allow_outside=true", cell=name)
     twice = frame["path"].duplicated(keep=False)
     if twice.any():
         first = frame[frame["path"] == frame["path"][twice].iloc[0]]
-        if first["label"].nunique() > 1:
+        if carried == "label" and first["label"].nunique() > 1:
             labels = " and ".join(first["label"].unique())
             raise DataError(
                 f"{table}: '{first['path'].iloc[0]}' is listed with the labels {labels}; an image has one label here"
             )
         raise DataError(f"{table}: '{first['path'].iloc[0]}' is listed {len(first)} times; list every image once")
-    listed = pd.DataFrame({"id": frame["path"], "class": frame["label"]}).astype(object)
+    listed = pd.DataFrame({"id": frame["path"], "class": frame["label"] if carried == "label" else "image"})
+    listed = listed.astype(object)
+    if carried == "mask":
+        listed["mask"] = frame["mask"].astype(object)
     listed["part"] = _parts(table, frame)
     listed["group"] = _optional(frame, "group")
     for axis, limit in (("lon", 180.0), ("lat", 90.0)):
@@ -148,17 +166,17 @@ def _list_images(table: Path, allow_outside: bool) -> pd.DataFrame:
     return listed
 
 
-def _check_columns(table: Path, columns: list[str]) -> None:
-    """Refuse a table without path or label, with a column twice, or with a column that is likely misnamed."""
+def _check_columns(table: Path, columns: list[str], used: tuple[str, ...]) -> None:
+    """Refuse a table without path, label or mask, with a column twice, or with a column that is likely misnamed."""
     have = ", ".join(columns)
     meant = {other: name for name, others in _MEANT.items() for other in (*others, name)}
-    for name in COLUMNS:
+    for name in used:
         if name in columns:
             continue
         alias = next((column for column in columns if meant.get(column.lower()) == name), None)
         if alias is not None:
             raise DataError(f"{table}: column '{alias}': rename it to '{name}' if it holds that, else to another name")
-        if name in ("path", "label"):
+        if name in ("path", "label", "mask"):
             mend = "; separate the columns by commas" if len(columns) == 1 and set(have) & set(";\t|") else ""
             raise DataError(f"{table}: no column '{name}'; it has {have}{did_you_mean(name, columns)}{mend}")
     if ("lon" in columns) != ("lat" in columns):
@@ -179,6 +197,8 @@ def _parts(table: Path, frame: pd.DataFrame) -> pd.Series:
         )
     if not (found == "train").any():
         raise DataError(f"{table}: no row has the split train; leave the column out to have the images divided")
+    if "label" not in frame:
+        return found.astype(object)
     label = frame["label"]
     untrained = ~label.isin(set(label[found == "train"]))
     _refuse(table, frame, untrained, "are of a label without a train row")

@@ -137,6 +137,9 @@ class Augment:
         self._pipeline = A.Compose(steps) if steps else None
         boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
         self._with_boxes = A.Compose(_steps(preset, nodata), bbox_params=boxes) if steps else None
+        windows = [step for step in steps if isinstance(step, RandomWindow)]
+        self.margin = windows[0].area[0] ** -0.25 if windows else 1.0
+        """Side of an image over the side of the tile it becomes, for which the tile is as often enlarged as reduced."""
 
     def __call__(self, raw: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         """Augment one image.

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from r2kit.recipe.augment import AugmentSpec
 from r2kit.recipe.base import Spec
 from r2kit.recipe.data import BlueMarbleSpec, DataSpec
+from r2kit.recipe.masks import MaskSpec
 from r2kit.recipe.model import ModelSpec
 from r2kit.recipe.task import (
     TARGET_OF_KIND,
@@ -31,6 +32,7 @@ __all__ = [
     "BlueMarbleSpec",
     "ClassificationSpec",
     "DataSpec",
+    "MaskSpec",
     "ModelSpec",
     "Recipe",
     "SegmentationLossSpec",
@@ -63,6 +65,11 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.data.resize == "tile" and self.target != "mask":
+            raise ValueError(
+                f"data.resize: only tasks that learn from masks read images in tiles; {self.task.kind} allows squash, "
+                "crop and pad"
+            )
         if self.model.warm_start and self.train.freeze != "none":
             raise ValueError(
                 "train.freeze: a warm start changes the activation of every block while training, and what is frozen "

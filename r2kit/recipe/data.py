@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt, model_validator
 
 from r2kit.recipe.base import Fraction, PixelSize, Spec
+from r2kit.recipe.masks import MaskSpec
 
 
 class BlueMarbleSpec(Spec):
@@ -46,7 +47,9 @@ class DataSpec(Spec):
     """A public set that torchvision downloads into the cache folder, with its own train and test where it has them."""
     root: str | None = None
     """Relative to the current folder. Folder: root/CLASS/image or root/{train,val,test}/CLASS/image. A table: columns
-    path (relative to the table) and label, and where known split, group (what must stay together), lon and lat."""
+    path (relative to the table) and label, and where known split, group (what must stay together), lon and lat. For
+    tasks that learn from masks: root/images/ and root/masks/ with files of the same names, or the same below
+    root/{train,val,test}; a table has a column mask instead of label."""
     allow_outside: bool = False
     """Whether a table may name images outside its own folder."""
     bands: Annotated[tuple[str | StrictInt, ...], Field(strict=False, min_length=1)] | None = None
@@ -54,9 +57,9 @@ class DataSpec(Spec):
     for all that the files have."""
     image_size: PixelSize | Annotated[tuple[PixelSize, PixelSize], Field(strict=False)] = 224
     """Side of the square image that the network sees, or [height, width], in pixels."""
-    resize: Literal["squash", "crop", "pad"] = "squash"
-    """How an image of another shape reaches `image_size`: stretched; shorter side resized, centre cut out; or longer
-    side resized and the rest filled with the mean colour."""
+    resize: Literal["squash", "crop", "pad", "tile"] = "squash"
+    """How an image of another shape reaches `image_size`: stretched; shorter side resized, centre cut out; longer side
+    resized and the rest filled with the mean colour; or, for masks, `tile`: never resized, but read in tiles."""
     limit: Annotated[int, Field(ge=2)] | None = None
     """Use at most this many images, balanced over the classes: for quick tries."""
     split: Literal["auto", "blocks", "group", "stratified"] = "auto"
@@ -91,6 +94,7 @@ class DataSpec(Spec):
     workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()
+    masks: MaskSpec = MaskSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:
