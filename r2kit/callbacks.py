@@ -22,8 +22,6 @@ from r2kit.console import duration
 from r2kit.run import Run, write_atomic
 from r2kit.tasks import Task
 
-_COLUMNS = ("epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_f1")
-
 
 class Recorder(Checkpoint):
     """Writes `metrics.csv` and the checkpoints at the end of each epoch.
@@ -63,10 +61,9 @@ class Recorder(Checkpoint):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             **pl_module.epoch_metrics,
         }
-        self.rows.append({column: found[column] for column in _COLUMNS})
-        better = pl_module.final_form and (
-            self.best_epoch < 0 or _score(self.rows[-1]) > _score(self.rows[self.best_epoch])
-        )
+        self.rows.append({column: found[column] for column in ("epoch", "step", "lr", *pl_module.columns)})
+        score = [(row[pl_module.monitor], -row["val_loss"]) for row in self.rows]
+        better = pl_module.final_form and (self.best_epoch < 0 or score[-1] > score[self.best_epoch])
         if better:
             self.best_epoch = len(self.rows) - 1
         save_atomic(trainer, self.run.last_checkpoint)
@@ -82,14 +79,13 @@ class Recorder(Checkpoint):
         left = here * ((trainer.max_epochs or 0) - len(self.rows))
         self.console.print(
             f"epoch {len(self.rows)}/{trainer.max_epochs}  "
-            f"train loss {row['train_loss']:.3f} acc {row['train_acc']:.3f}  "
-            f"val loss {row['val_loss']:.3f} acc {row['val_acc']:.3f} f1 {row['val_f1']:.3f}  "
+            f"{_words(row, 'train')}  {_words(row, 'val')}  "
             f"lr {row['lr']:.2g}  {duration(left)} left{'  (best)' if better else ''}"
         )
 
     def _csv(self) -> str:
         out = io.StringIO()
-        writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
             writer.writerow({key: value if isinstance(value, int) else f"{value:.9g}" for key, value in row.items()})
@@ -107,9 +103,10 @@ class Recorder(Checkpoint):
         self.earlier_seconds = state_dict["seconds"]
 
 
-def _score(row: dict[str, float]) -> tuple[float, float]:
-    """Return what makes an epoch better: accuracy, then a lower loss."""
-    return row["val_acc"], -row["val_loss"]
+def _words(row: dict[str, float], stage: str) -> str:
+    """The metrics of one stage of an epoch, for example ``train loss 0.512 acc 0.800``."""
+    found = {key.removeprefix(f"{stage}_"): value for key, value in row.items() if key.startswith(f"{stage}_")}
+    return " ".join([stage, *(f"{key} {value:.3f}" for key, value in found.items())])
 
 
 def save_atomic(trainer: L.Trainer, path: Path) -> None:

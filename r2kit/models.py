@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,11 +16,42 @@ from r2kit.backbones import create_model
 from r2kit.backbones.warmstart import Images, warm_start
 from r2kit.backbones.weights import LoadReport, load_weights
 from r2kit.data.preprocess import Interpolation, Preprocess
+from r2kit.dense.segmenter import build_segmenter
 from r2kit.errors import ModelError, RunError
-from r2kit.recipe import ModelSpec
+from r2kit.recipe import ModelSpec, Recipe, SegmentationSpec
 
 if TYPE_CHECKING:
     from r2kit.run import Run
+
+
+def build_network(
+    recipe: Recipe,
+    *,
+    num_classes: int,
+    bands: Sequence[str],
+    images: Callable[[LoadReport], Images] | None = None,
+) -> nn.Module:
+    """Build the network of a recipe, of whatever kind its task is, with its starting weights.
+
+    Args:
+        recipe: The recipe.
+        num_classes: K.
+        bands: Names of the bands; weights made for colour images find red, green and blue among them by name.
+        images: For a warm start, see `build_model`.
+
+    Returns:
+        The network, with `load_report` and `get_classifier`.
+
+    Raises:
+        ModelError: If the backbone cannot be had, or does not suit the task.
+        MissingExtraError: If the task needs packages of an extra that is not installed.
+    """
+    task = recipe.task
+    if isinstance(task, SegmentationSpec):
+        return build_segmenter(
+            recipe.model, task, num_classes=num_classes, in_chans=len(bands), rgb_bands=_rgb_positions(bands)
+        )
+    return build_model(recipe.model, num_classes=num_classes, bands=bands, images=images)
 
 
 def build_model(
@@ -89,11 +122,19 @@ def model_from_run(run: Run) -> nn.Module:
     Raises:
         RunError: If the stored weights do not fit the stored recipe.
     """
-    spec = run.own_recipe.model.model_copy(update={"pretrained": False, "warm_start": False})
-    model = build_model(spec, num_classes=len(run.preprocess.classes), bands=run.preprocess.bands)
+    recipe = run.own_recipe
+    spec = recipe.model.model_copy(update={"pretrained": False, "warm_start": False})
+    model = build_network(
+        recipe.model_copy(update={"model": spec}),
+        num_classes=len(run.preprocess.classes),
+        bands=run.preprocess.bands,
+    )
     try:
-        load_weights(model, run.weights_file)
-    except ModelError as error:
+        if recipe.task.kind == "classification":
+            load_weights(model, run.weights_file)
+        else:  # all tensors, not only those of a backbone
+            model.load_state_dict(safetensors.torch.load_file(run.weights_file))
+    except (ModelError, RuntimeError, OSError, safetensors.SafetensorError) as error:
         raise RunError(f"{run.path}: {error}") from None
     return model.eval()
 
@@ -115,19 +156,21 @@ def freeze_backbone(model: nn.Module) -> Frozen:
     """Stop the gradients and the BatchNorm statistics of everything but the classifier.
 
     Args:
-        model: A network with timm's `get_classifier`.
+        model: A network with timm's `get_classifier`; that of a dense task gives its decoder and head.
 
     Returns:
         The norms to put back into evaluation mode whenever the network is put into training mode.
     """
     classifier = model.get_classifier()  # type: ignore[operator]
     trained = {id(parameter) for parameter in classifier.parameters()}
+    free = set(classifier.modules())
     count = 0
     for parameter in model.parameters():
         if id(parameter) not in trained:
             parameter.requires_grad_(False)
             count += parameter.numel()
-    return Frozen(tuple(module for module in model.modules() if isinstance(module, _BatchNorm)), count)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module not in free]
+    return Frozen(tuple(norms), count)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

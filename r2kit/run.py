@@ -253,6 +253,7 @@ class Run:
             batch_size=recipe.train.batch_size,
             preprocess=self.preprocess,
             split_file=self.split_file,
+            target=recipe.target,
         )
 
 
@@ -277,6 +278,11 @@ def installed_versions() -> dict[str, str]:
 
             found[package] = r2kit.__version__ if package == "r2kit" else "not installed"
     return found
+
+
+def unknown_kind(run: Run, command: str) -> RunError:
+    """Return the error of a command that does not know the kind of task of a run."""
+    return RunError(f"{run.path}: r2kit {command} does not know runs of {run.recipe.task.kind}")
 
 
 def next_free(folder: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ LEVELS = [
     {"backbones"},
     {"data"},
     {"losses", "metrics", "schedules", "calibration"},
+    {"dense"},
     {"models"},
     {"tasks"},
     {"run"},

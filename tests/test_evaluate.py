@@ -83,7 +83,7 @@ def test_baselines_learn_from_the_training_images_only(run, monkeypatch):
         seen.update(train=train, label=label, features=features)
         return np.zeros(len(features), dtype=np.int64)
 
-    monkeypatch.setattr("r2kit.evaluate.logistic_regression", spy)
+    monkeypatch.setattr("r2kit.evaluate.classification.logistic_regression", spy)
     found = evaluate(run)
     data = run.datamodule()
     data.setup()

@@ -142,7 +142,7 @@ def test_starting_point_is_the_defaults_and_names_every_key(tmp_path, kind):
 
 
 def test_starting_point_of_an_unknown_task():
-    with pytest.raises(RecipeError, match="allowed is one of classification, segmentation.*did you mean 'segment"):
+    with pytest.raises(RecipeError, match=r"allowed is one of classification, segmentation.*did you mean 'segment"):
         new_recipe("segmentatoin")
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 import r2kit
-from r2kit import report, result
+from r2kit import result
 from r2kit.errors import DataError, RunError
+from r2kit.report import classification as report
 from r2kit.report import write_report
 from r2kit.run import Run, write_atomic
 from tests.conftest import make_images

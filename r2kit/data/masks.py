@@ -188,7 +188,9 @@ class MaskedImages(ImageFiles):
         if usable:
             self.meaning = Meaning.of(masks, every.tolist(), name)
             for i, values in enumerate(found["values"]):
-                unknown = self.meaning.unknown(np.asarray(values)) if i not in reasons else []
+                if i in reasons:
+                    continue
+                unknown = self.meaning.unknown(np.asarray(values))
                 if len(unknown):
                     reasons[i] = f"holds {self.meaning.say(unknown)}, which no class has; see data.masks.classes"
         bad = [(str(paths[i]), reason) for i, reason in sorted(reasons.items())]
@@ -302,8 +304,7 @@ def _grey(path: Path, pixels: np.ndarray) -> np.ndarray:
 
 
 def _check_masks(name: str, paths: Sequence[Path], colours: bool, workers: int) -> pd.DataFrame:
-    """One row per mask: values, their counts, hash, height, width, error (None for a good file); from the cache if it
-    remembers the file unchanged."""
+    """One row per mask, from the cache if that remembers the file: what `_check_mask` says."""
     memory = memory_of(f"{name}#masks{'#colours' if colours else ''}")
     stamps = [stamp_of(path) for path in paths]
     known = recall(memory, _CHECK)
@@ -319,7 +320,7 @@ def _check_masks(name: str, paths: Sequence[Path], colours: bool, workers: int) 
 
 
 def _check_mask(path: Path, stamp: str, colours: bool) -> dict[str, Any]:
-    """Decode one mask and describe it."""
+    """Decode one mask: its values, their counts, hash, height, width, and error (None for a good file)."""
     row: dict[str, Any] = {"id": str(path), "stamp": stamp, "check": _CHECK, "error": None, "hash": ""}
     row |= {"values": [], "counts": [], "height": 0, "width": 0}
     try:

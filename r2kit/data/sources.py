@@ -36,8 +36,8 @@ class Source(Protocol):
     nodata: float | None
     """Raw value that means "no measurement", if the files declare one."""
     manifest: pd.DataFrame
-    """One row per usable image: id (unique str), path (str), label (int, position in strata), split ('train', 'val', 'test' or None),
-    group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
+    """One row per usable image: id (unique str), path (str), label (int, position in strata), split ('train', 'val',
+    'test' or None), group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
     contents: pd.DataFrame | None
     """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
     pixels), flat (of one colour), height, width, crs and bounds (left, bottom, right, top in units of crs; None without

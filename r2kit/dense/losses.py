@@ -80,5 +80,5 @@ def balanced_weights(pixels: Tensor) -> Tensor:
     """
     count = pixels.double()
     present = count > 0
-    median = count[present].median() if present.any() else count.new_ones(())
+    median = count[present].quantile(0.5) if present.any() else count.new_ones(())
     return torch.where(present, median / count.clamp_min(1.0), 1.0).float()

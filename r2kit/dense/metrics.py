@@ -129,6 +129,6 @@ def boundary_f1(counts: NDArray[Any]) -> FloatArray:
 
 
 def _ratio(part: Any, whole: Any) -> FloatArray:
-    """part / whole, NaN where whole is 0."""
+    """Quotient, NaN where whole is 0."""
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)

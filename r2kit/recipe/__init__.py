@@ -70,6 +70,13 @@ class Recipe(Spec):
                 f"data.resize: only tasks that learn from masks read images in tiles; {self.task.kind} allows squash, "
                 "crop and pad"
             )
+        if self.target == "mask" and self.augment.mixup + self.augment.cutmix:
+            raise ValueError("augment.mixup: MixUp and CutMix blend labels of whole images, and this task learns masks")
+        if self.model.warm_start and self.task.kind != "classification":
+            raise ValueError(
+                "model.warm_start: the activation turns while a classification is trained; start this task from the "
+                "run of that one, with model.pretrained=path/to/run"
+            )
         if self.model.warm_start and self.train.freeze != "none":
             raise ValueError(
                 "train.freeze: a warm start changes the activation of every block while training, and what is frozen "

@@ -2,5 +2,16 @@
 
 from r2kit.tasks.base import Task
 from r2kit.tasks.classification import ClassificationTask, classification_metrics
+from r2kit.tasks.segmentation import SegmentationTask, segmentation_metrics
 
-__all__ = ["ClassificationTask", "Task", "classification_metrics"]
+__all__ = [
+    "TASKS",
+    "ClassificationTask",
+    "SegmentationTask",
+    "Task",
+    "classification_metrics",
+    "segmentation_metrics",
+]
+
+TASKS: dict[str, type[Task]] = {"classification": ClassificationTask, "segmentation": SegmentationTask}
+"""The module of each kind of task."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from r2kit.data.datamodule import DataModule
 from r2kit.losses import classification_loss, effective_number_weights
-from r2kit.recipe import Recipe
-from r2kit.tasks.base import Batch, Stage, Task
+from r2kit.recipe import ClassificationSpec, Recipe
+from r2kit.tasks.base import Batch, Stage, Task, once_each
 
 
 class ClassificationTask(Task):
@@ -25,12 +27,16 @@ class ClassificationTask(Task):
         ValueError: If the recipe asks for class weights and there are no counts.
     """
 
+    columns: ClassVar[tuple[str, ...]] = ("train_loss", "train_acc", "val_loss", "val_acc", "val_f1")
+    monitor: ClassVar[str] = "val_acc"
     class_weights: Tensor | None
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, num_classes: int, class_counts: Sequence[int] | None = None
     ) -> None:
         super().__init__(recipe, model, num_classes)
+        assert isinstance(recipe.task, ClassificationSpec)
+        self.spec = recipe.task
         weights = None
         if recipe.task.class_weights == "effective_number":
             if class_counts is None:
@@ -40,12 +46,17 @@ class ClassificationTask(Task):
         self._train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
 
+    @classmethod
+    def from_data(cls, recipe: Recipe, model: nn.Module, data: DataModule) -> ClassificationTask:
+        """Build the task for data that is set up."""
+        return cls(recipe, model, len(data.classes), data.counts()["train"].tolist())
+
     def _step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return the logits (B, K) and the loss of a batch."""
         logits = self(batch["image"]).float()
         if stage == "val":  # the plain loss, so that runs compare
             return logits, classification_loss(logits, batch["label"])
-        spec = self.recipe.task
+        spec = self.spec
         gamma = spec.focal_gamma if spec.loss == "focal" else None
         return logits, classification_loss(logits, batch["label"], spec.label_smoothing, self.class_weights, gamma)
 
@@ -81,14 +92,7 @@ class ClassificationTask(Task):
         if self.trainer.world_size > 1:
             index, logits, label = (self.all_gather(column).flatten(0, 1) for column in (index, logits, label))
         metrics = classification_metrics(index.cpu(), logits.cpu(), label.cpu(), self.num_classes)
-        self.epoch_metrics.update(metrics)
-        if not self.trainer.sanity_checking:
-            # Every rank holds the same numbers, so there is nothing to reduce.
-            self.log_dict(
-                {key: torch.tensor(value, dtype=torch.float64).float() for key, value in metrics.items()},
-                rank_zero_only=True,
-                sync_dist=False,
-            )
+        self.keep_metrics(metrics)
 
     def on_train_epoch_end(self) -> None:
         """Turn the sums of the epoch into its training metrics."""
@@ -112,11 +116,7 @@ def classification_metrics(index: Tensor, logits: Tensor, label: Tensor, num_cla
         `val_loss` (mean cross-entropy in nats), `val_acc` and `val_f1` (mean of the per-class F1 over the classes that
         occur in the labels or the predictions).
     """
-    order = torch.argsort(index, stable=True)
-    index = index[order]
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[1:] != index[:-1]
-    keep = order[first]
+    keep = once_each(index)
     logits, label = logits[keep].double(), label[keep]
     pred = logits.argmax(1)
     confusion = torch.bincount(label * num_classes + pred, minlength=num_classes**2).view(num_classes, num_classes)

@@ -32,9 +32,7 @@ class SegmentationTask(Task):
     columns: ClassVar[tuple[str, ...]] = ("train_loss", "train_acc", "val_loss", "val_acc", "val_miou")
     monitor: ClassVar[str] = "val_miou"
 
-    def __init__(
-        self, recipe: Recipe, model: nn.Module, num_classes: int, class_weights: Tensor | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, num_classes: int, class_weights: Tensor | None = None) -> None:
         super().__init__(recipe, model, num_classes)
         assert isinstance(recipe.task, SegmentationSpec)
         self.spec = recipe.task
@@ -69,10 +67,8 @@ class SegmentationTask(Task):
         loss = pixel_losses(logits, mask, self.spec.loss, self.class_weights)
         known = mask != IGNORE
         right = (logits.detach().argmax(1) == mask) & known
-        count = float(len(mask))
-        self._train_sums += torch.stack(
-            [loss.detach().double() * count, loss.new_tensor(count).double(), right.sum().double(), known.sum().double()]
-        ).cpu()
+        sums = [loss.detach() * len(mask), loss.new_tensor(len(mask)), right.sum(), known.sum()]
+        self._train_sums += torch.stack([value.double() for value in sums]).cpu()
         return loss
 
     def on_train_epoch_start(self) -> None:

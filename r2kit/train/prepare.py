@@ -16,9 +16,9 @@ from r2kit.console import quiet_libraries
 from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
 from r2kit.errors import RecipeError
-from r2kit.models import build_model, fit_preprocess, memory_format
+from r2kit.models import build_network, fit_preprocess, memory_format
 from r2kit.recipe import Recipe
-from r2kit.tasks import ClassificationTask, Task
+from r2kit.tasks import TASKS, Task
 
 
 @dataclass
@@ -43,7 +43,13 @@ def prepare(recipe: Recipe, console: Console) -> Job:
     quiet_libraries()
     device, device_name, precision = choose_device(recipe)
     with console.status("reading the data"):
-        data = DataModule(recipe.data, recipe.augment, seed=recipe.seed, batch_size=recipe.train.batch_size)
+        data = DataModule(
+            recipe.data,
+            recipe.augment,
+            seed=recipe.seed,
+            batch_size=recipe.train.batch_size,
+            target=recipe.target,
+        )
         data.setup()
     L.seed_everything(recipe.seed, verbose=False)
     bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
@@ -52,11 +58,11 @@ def prepare(recipe: Recipe, console: Console) -> Job:
         data.preprocess, _ = fit_preprocess(data.preprocess, report)
         return data.train_dataloader()
 
-    model = build_model(recipe.model, num_classes=classes, bands=data.preprocess.bands, images=images)
+    model = build_network(recipe, num_classes=classes, bands=data.preprocess.bands, images=images)
     report: LoadReport | None = model.load_report  # type: ignore[assignment]
     data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
     model = model.to(memory_format=memory_format(recipe.train.channels_last))
-    task = ClassificationTask(recipe, model, classes, class_counts=data.counts()["train"].tolist())
+    task = TASKS[recipe.task.kind].from_data(recipe, model, data)
     size = recipe.data.size
     with console.status("measuring the network"):
         speed = measure_throughput(

@@ -9,7 +9,7 @@ from rich.console import Console
 from r2kit.console import duration, table
 from r2kit.evaluate import summary_lines
 from r2kit.run import Run, installed_versions
-from r2kit.tasks import ClassificationTask
+from r2kit.tasks import ClassificationTask, SegmentationTask
 from r2kit.train.prepare import Job
 
 
@@ -30,11 +30,16 @@ def print_start(console: Console, job: Job) -> None:
     if recipe.data.sampler != "shuffle":
         counts["drawn an epoch"] = data.draws_by_class()
     rows = [[name, *row] for name, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)]
-    rows.append(["all", *counts.sum().tolist()])
-    console.print(table("images", ["class", *counts.columns], rows))
-    if isinstance(job.task, ClassificationTask) and job.task.class_weights is not None:
+    if len(rows) > 1:
+        rows.append(["all", *counts.sum().tolist()])
+    console.print(table("images", ["class" if len(rows) > 1 else "", *counts.columns], rows))
+    if data.target == "mask":
+        shares = data.pixel_shares()
+        rows = [[str(name), *(f"{100 * share:.2f} %" for share in row)] for name, *row in shares.itertuples()]
+        console.print(table("labelled pixels", ["class", *shares.columns], rows))
+    if isinstance(job.task, ClassificationTask | SegmentationTask) and job.task.class_weights is not None:
         weights = job.task.class_weights.tolist()
-        each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(counts.index, weights, strict=True))
+        each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(data.classes, weights, strict=True))
         console.print(f"class weights in the loss: {each}")
     prep = data.preprocess
     bands = [[band, f"{m:.4g}", f"{s:.4g}"] for band, m, s in zip(prep.bands, prep.mean, prep.std, strict=True)]

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs no network, no script and no other file.
+"""The report of a classification.
 
 Every figure on it comes from the files of the run folder: the stored predictions and what was computed from them. Only
 the pictures of images and Grad-CAM need the images themselves; where those are gone the page goes without and says so.

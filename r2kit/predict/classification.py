@@ -30,26 +30,13 @@ def predict(
     device: str = "auto",
     on_bad_file: Literal["error", "skip"] = "error",
 ) -> pd.DataFrame:
-    """Predict the class of image files.
+    """Predict the class of image files, see `r2kit.predict.predict`.
 
-    Class names, bands and preprocessing are the run's. An image that cannot be read does not stop the others.
-
-    Args:
-        run: A finished run.
-        paths: Image files and folders; a folder stands for all images below it.
-        out: Where to write: ``NAME`` gives NAME.csv and NAME.parquet. None writes nothing.
-        batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
-        workers: Processes that read images.
-        device: See `inference.choose_device`.
-        on_bad_file: ``error`` writes the table of the readable images and then raises; ``skip`` returns it. Either way
-            ``frame.attrs["skipped"]`` of the returned table lists [path, reason] of each image left out.
+    `out` ``NAME`` gives NAME.csv and NAME.parquet.
 
     Returns:
         One row an image in the order of the paths: ``path``, ``class``, ``confidence`` (the largest probability), and
         ``prob_<class>`` for each class.
-
-    Raises:
-        DataError: If there is no image, or one could not be read and `on_bad_file` is ``error``.
     """
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
     preprocess = run.preprocess

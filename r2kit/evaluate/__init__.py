@@ -1,0 +1,54 @@
+"""Evaluate a run: one pass of its network over held-out images, stored, and every figure from what was stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r2kit import result
+from r2kit.evaluate import classification
+from r2kit.evaluate.target import Result
+from r2kit.run import Run, unknown_kind
+
+__all__ = ["evaluate", "summary_lines"]
+
+
+def evaluate(
+    run: Run,
+    *,
+    data: str | Path | None = None,
+    split: str = "auto",
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+) -> Result:
+    """Run a run's network once over held-out images, store its predictions and the figures computed from them.
+
+    The run's reported split (``test``, or ``val`` where no test images were held out) goes to `run.metrics_json`;
+    anything else goes to a file of its own beside it, so that it never replaces the reported result.
+
+    Args:
+        run: A finished run.
+        data: Other data laid out like the run's, every class one of the run's; None takes the run's own data.
+        split: ``train``, ``val``, ``test``, or ``all`` for every image of `data`; ``auto`` is test where it exists,
+            else val, else all.
+        batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
+        workers: Processes that read images.
+        device: See `inference.choose_device`.
+
+    Returns:
+        The contents of the written JSON file; `task` names the kind.
+
+    Raises:
+        DataError: If images are missing or unreadable, or a class or the bands are not the run's.
+        RunError: If the run holds no image of the split.
+    """
+    measures = {"classification": classification.evaluate}
+    kind = run.recipe.task.kind
+    if kind not in measures:
+        raise unknown_kind(run, "evaluate")
+    return measures[kind](run, data=data, split=split, batch_size=batch_size, workers=workers, device=device)
+
+
+def summary_lines(found: Result) -> list[str]:
+    """Return a result as a few lines for a terminal."""
+    return {"classification": result.summary_lines}[found.get("task", "classification")](found)

@@ -1,0 +1,138 @@
+"""What is evaluated, and how its tables and figures are written: the same for every kind of task."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from r2kit.data.datamodule import DataModule
+from r2kit.data.sources import Source
+from r2kit.data.splits import PARTS
+from r2kit.errors import DataError, RunError, did_you_mean
+from r2kit.recipe import DataSpec
+from r2kit.run import Run, write_atomic
+
+Result = dict[str, Any]
+"""The contents of metrics.json."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated: rows of a source, their labels in the run's order of classes, and their groups."""
+
+    name: str
+    source: Source
+    rows: NDArray[np.int64]
+    label: NDArray[np.int64]
+    group: NDArray[np.object_] | None
+    group_word: str
+    """What a person calls such a group."""
+    module: DataModule | None
+    """The run's own data; None where other data is evaluated."""
+
+
+def reported_split(run: Run) -> str:
+    """Return the split whose figures are the run's result: test where images were held out for it, else val."""
+    splits = set(pd.read_parquet(run.split_file, columns=["split"])["split"].dropna())
+    return "test" if "test" in splits else "val"
+
+
+def own_target(run: Run, split: str) -> Target:
+    """Return the rows of one split of the run's own data.
+
+    Raises:
+        RunError: If the run holds no image of the split.
+    """
+    name = reported_split(run) if split == "auto" else split
+    if name not in PARTS:
+        raise RunError(f"split: '{name}' is none of auto, train, val, test{did_you_mean(name, PARTS)}")
+    module = run.datamodule()
+    module.setup()
+    source, rows = module.source, module.split.rows(name)
+    if rows.size == 0:
+        raise RunError(f"{run.path}: the run held out no {name} images; take --split val")
+    group, word = groups_of(run, source, rows)
+    return Target(name, source, rows, module.labels[rows], group, word, module)
+
+
+def groups_of(run: Run, source: Source, rows: NDArray[np.int64]) -> tuple[NDArray[np.object_] | None, str]:
+    """Return what was held out together, and the word for it: spatial blocks of a split by blocks, else groups."""
+    held = pd.read_parquet(run.split_file)
+    group = source.manifest["group"].to_numpy(object)[rows]
+    word = "group"
+    if run.info.get("split") in ("blocks", "file") and held["block"].notna().any():
+        group = held.set_index("id")["block"].reindex(source.manifest["id"].iloc[rows]).to_numpy(object)
+        word = "spatial block"
+    return (None if pd.isna(group).all() else group), word
+
+
+def other_target(run: Run, folder: Path, split: str) -> Target:
+    """Return the rows of data that is not the run's own; its classes and bands are checked against the run's.
+
+    Raises:
+        DataError: If the data cannot be used, or has no such split.
+    """
+    recipe = run.recipe
+    spec = DataSpec(
+        root=str(folder),
+        bands=run.preprocess.bands,
+        image_size=recipe.data.image_size,
+        resize=recipe.data.resize,
+        masks=recipe.data.masks,
+    )
+    module = DataModule(
+        spec,
+        recipe.augment,
+        seed=recipe.seed,
+        batch_size=64,
+        preprocess=run.preprocess,
+        all_test=True,
+        target=recipe.target,
+    )
+    module.setup()
+    manifest = module.source.manifest
+    present = set(manifest["split"].dropna())
+    chosen = next((name for name in ("test", "val") if name in present), "all") if split == "auto" else split
+    if chosen != "all" and chosen not in present:
+        held = ", ".join(sorted(present)) or "all images together"
+        raise DataError(f"{folder}: has no split '{chosen}', only {held}")
+    rows = np.arange(len(manifest)) if chosen == "all" else np.flatnonzero(manifest["split"] == chosen)
+    group = manifest["group"].to_numpy(object)[rows]
+    name = folder.resolve().name if chosen == "all" else f"{folder.resolve().name}_{chosen}"
+    if name in PARTS:
+        name = f"data_{name}"  # never the name of one of the run's own splits
+    groups = None if pd.isna(group).all() else group
+    return Target(name, module.source, rows, module.labels[rows], groups, "group", None)
+
+
+def refuse_failed(failed: Sequence[tuple[int, str]]) -> None:
+    """Stop at an image that cannot be read: a figure over the others would be another figure."""
+    if failed:
+        raise DataError(failed[0][1])
+
+
+def text_of(group: Any) -> str | None:
+    """Return a group as text, None where there is none."""
+    return None if group is None or pd.isna(group) else str(group)
+
+
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Write a table so that a reader sees the old one or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    table.to_parquet(draft, index=False)
+    os.replace(draft, path)
+
+
+def write_result(run: Run, target: Target, result: Result) -> None:
+    """Write figures as JSON: those of the reported split to `run.metrics_json`, others to a file beside it."""
+    reported = target.module is not None and target.name == reported_split(run)
+    file = run.metrics_json if reported else run.metrics_json.with_stem(f"{run.metrics_json.stem}_{target.name}")
+    write_atomic(file, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,29 @@
+"""The report of a run: one HTML page that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from r2kit.report import classification
+from r2kit.run import Run, unknown_kind
+
+__all__ = ["write_report"]
+
+
+def write_report(run: Run) -> Path:
+    """Write the page of an evaluated run, and its figures as PNG into the run's folder of plots.
+
+    Args:
+        run: A finished and evaluated run.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        RunError: If the run was not evaluated, or its files do not belong together.
+    """
+    kinds = {"classification": classification.write_report}
+    kind = run.recipe.task.kind
+    if kind not in kinds:
+        raise unknown_kind(run, "report")
+    return kinds[kind](run)
