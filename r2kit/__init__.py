@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from r2kit.backbones import create_model as create_model
+    from r2kit.backbones.fast import optimize as optimize
     from r2kit.errors import R2kitError as R2kitError
     from r2kit.recipe import Recipe as Recipe
     from r2kit.recipe_file import load_recipe as load_recipe
@@ -26,6 +27,7 @@ _HOMES = {
     "create_model": "r2kit.backbones",
     "finetune": "r2kit.train",
     "load_recipe": "r2kit.recipe_file",
+    "optimize": "r2kit.backbones.fast",
     "write_report": "r2kit.report",
 }
 

@@ -1,0 +1,129 @@
+"""A convolution on channels-last memory, forward and each gradient, by whatever computes it soonest.
+
+A 1x1 convolution is a product of matrices over the rows of channels-last memory; a strided one reads its rows first.
+The others go forward, and back to their input, through torch's own operator; the gradient of their weights has a
+kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from r2kit.backbones.fast.weight_grad import NARROWEST, weight_grad
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution without its tensors; every pair is (height, width).
+
+    Attributes:
+        kernel: Size of the kernel.
+        stride: Step.
+        pad: Zeros around the image.
+        dilation: Distance of the taps.
+        groups: Groups of channels.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pad: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, module: nn.Conv2d) -> Conv | None:
+        """Return the convolution that `module` is, or None if it pads otherwise than with a number of zeros."""
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return None
+        kernel, stride, pad, dilation = (
+            (int(a), int(b)) for a, b in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        return cls(kernel, stride, pad, dilation, module.groups)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of matrices."""
+        return self.kernel == (1, 1) and self.pad == (0, 0) and self.groups == 1
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the output."""
+        sides = zip((height, width), self.kernel, self.stride, self.pad, self.dilation, strict=True)
+        tall, wide = ((side + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for side, kernel, step, pad, dil in sides)
+        return tall, wide
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output, channels-last and new.
+
+        Args:
+            x: (B, C, H, W), channels-last; may be some channels of a wider tensor.
+            weight: As torch's.
+            bias: As torch's.
+        """
+        if self.is_product:
+            x = self._met(x)
+            matrix = weight.flatten(1).t()
+            out = rows(x) @ matrix if bias is None else torch.addmm(bias, rows(x), matrix)
+            return images(out, x.shape[0], x.shape[2], x.shape[3])
+        out = torch.conv2d(x, weight, bias, self.stride, self.pad, self.dilation, self.groups)
+        return out.contiguous(memory_format=torch.channels_last)
+
+    def input_grad(self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+        """Return the gradient of `x`, channels-last.
+
+        Args:
+            dy: Gradient of the output, channels-last; may be some channels of a wider tensor.
+            x: As given to `forward`; only its shape matters.
+            weight: As given to `forward`.
+            into: Like `x`; the gradient is added to it, in place where that is less work.
+        """
+        if self.is_product:
+            matrix = weight.flatten(1)
+            if self.stride == (1, 1):
+                if into is not None:
+                    rows(into).addmm_(rows(dy), matrix)
+                    return into
+                return images(rows(dy) @ matrix, x.shape[0], x.shape[2], x.shape[3])
+            grad = torch.zeros_like(x, memory_format=torch.channels_last) if into is None else into
+            self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
+            return grad
+        grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
+        return grad if into is None else into.add_(grad)
+
+    def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of `weight`; arguments as in `input_grad`."""
+        if self.is_product:
+            return (rows(dy).t() @ rows(self._met(x))).view(weight.shape)
+        square = all(a == b for a, b in (self.stride, self.pad, self.dilation))
+        if square and self.groups == 1 and x.shape[1] >= NARROWEST and x.dtype == torch.float32:
+            grad = weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
+        else:
+            grad = self._torch_grad(dy, x, weight, 1)
+        return grad.contiguous() if weight.is_contiguous() else grad
+
+    def _torch_grad(self, dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        """Return the gradient of the input (0) or the weight (1) by torch's own operator."""
+        mask = (which == 0, which == 1, False)
+        places = (self.stride, self.pad, self.dilation)
+        return torch.ops.aten.convolution_backward(dy, x, weight, None, *places, False, (0, 0), self.groups, mask)[
+            which
+        ]
+
+    def _met(self, x: Tensor, *, copy: bool = True) -> Tensor:
+        """Return the pixels that a 1x1 convolution meets; copied if there are gaps between them."""
+        if self.stride == (1, 1):
+            return x
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return x.contiguous(memory_format=torch.channels_last) if copy else x
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return (B, C, H, W) in channels-last memory as its (B * H * W, C) rows, without a copy."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def images(x: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """Return (B * H * W, C) rows as (B, C, H, W) in channels-last memory, without a copy."""
+    return x.view(batch, height, width, x.shape[1]).permute(0, 3, 1, 2)

@@ -1,0 +1,295 @@
+"""The fast units as autograd functions: a convolution, a convolution with its norm, a whole Res2 or bottleneck unit.
+
+Each keeps for its backward pass what a convolution read and what it wrote, and computes everything between the two
+again; the plain modules keep the input of each activation, each normalisation and each addition too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from r2kit.backbones.fast import norm_act
+from r2kit.backbones.fast.convolution import Conv, rows
+from r2kit.backbones.fast.norm_act import Norm
+
+
+class ConvNorm(NamedTuple):
+    """A convolution, and the norm and activation behind it (None: neither)."""
+
+    conv: Conv
+    weight: Tensor
+    bias: Tensor | None
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """A Res2 unit; a plain bottleneck is one with a single split.
+
+    Attributes:
+        first: The 1x1 in front.
+        inner: The convolutions of the splits.
+        last: The 1x1 behind; its activation stands after the addition of the shortcut.
+        chained: Whether each split but the first has the output of the one before added.
+        passes_last: Whether one more split goes on without a convolution.
+        pool: Stride of the 3x3 average pool of that split, or None.
+        published_sum: Concatenate ``z0 + x1`` in place of ``z0``.
+    """
+
+    first: ConvNorm
+    inner: tuple[ConvNorm, ...]
+    last: ConvNorm
+    chained: bool
+    passes_last: bool
+    pool: tuple[int, int] | None
+    published_sum: bool
+
+    @property
+    def parts(self) -> tuple[ConvNorm, ...]:
+        """Every convolution in its order."""
+        return (self.first, *self.inner, self.last)
+
+
+def tensors_of(parts: tuple[ConvNorm, ...]) -> list[Tensor | None]:
+    """Return four for each part: weight and bias of the convolution, weight and bias of the norm."""
+    found: list[Tensor | None] = []
+    for part in parts:
+        found += [part.weight, part.bias]
+        found += [None, None] if part.norm is None else [part.norm.weight, part.norm.bias]
+    return found
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _ConvNormFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, part: ConvNorm, keep: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        conv_out = part.conv.forward(x, part.weight, part.bias)
+        if part.norm is None:
+            out, stats = conv_out, None
+        else:
+            out = torch.empty_like(conv_out) if keep else conv_out
+            stats = _stats(part.norm, conv_out)
+            norm_act.forward(rows(conv_out), part.norm, stats, rows(out))
+        if keep:
+            ctx.part = part
+            ctx.save_for_backward(x, None if part.norm is None else conv_out, stats, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        part: ConvNorm = ctx.part
+        x, conv_out, stats, *_ = ctx.saved_tensors  # the rest: so that torch notices if a weight has changed
+        need_x, *need = ctx.needs_input_grad[2:]
+        dy = _channels_last(dy)
+        dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
+        if part.norm is not None:
+            dc = torch.empty_like(conv_out)
+            dnorm = norm_act.backward(rows(conv_out), part.norm, stats, rows(dy), rows(dc))
+            dy = dc
+        dx = part.conv.input_grad(dy, x, part.weight) if need_x else None
+        return None, None, dx, *_conv_grads(part, need, dy, x), *_needed(dnorm, need[2:])
+
+
+def conv_norm(part: ConvNorm, x: Tensor) -> Tensor:
+    """Return act(BN(conv(x))) or BN(act(conv(x))), (B, K, OH, OW), channels-last.
+
+    Args:
+        part: What to compute; without a norm, the convolution alone.
+        x: (B, C, H, W).
+    """
+    tensors = tensors_of((part,))
+    result: Tensor = _ConvNormFunction.apply(part, wants_grad(x, *tensors), _channels_last(x), *tensors)
+    return result
+
+
+class _UnitFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
+        first, last = spec.first, spec.last
+        assert first.norm is not None
+        assert last.norm is not None
+        width = first.weight.shape[0] // (len(spec.inner) + spec.passes_last)
+        used = width * len(spec.inner)
+        h = first.conv.forward(x, first.weight, first.bias)
+        stats = [_stats(first.norm, h)]
+        b = torch.empty_like(h[:, :used], memory_format=torch.channels_last) if keep else h[:, :used]
+        norm_act.forward(rows(h[:, :used]), first.norm.narrow(0, used), _cut(stats[0], 0, used), rows(b))
+
+        conv_outs: list[Tensor] = []
+        cat = torch.empty(0)
+        z = b[:, :width]
+        for i, part in enumerate(spec.inner):
+            assert part.norm is not None
+            c = part.conv.forward(z, part.weight, part.bias)
+            if i == 0:
+                cat = _new(c, len(first.weight))
+            stats.append(_stats(part.norm, c))
+            out = rows(cat)[:, i * width : (i + 1) * width]
+            following = b[:, (i + 1) * width : (i + 2) * width]
+            if spec.chained and i + 1 < len(spec.inner):
+                published = spec.published_sum and i == 0
+                z = cat[:, :width] if published else torch.empty_like(c)
+                norm_act.forward(
+                    rows(c), part.norm, stats[-1], None if published else out, add=rows(following), y2=rows(z)
+                )
+            else:
+                norm_act.forward(rows(c), part.norm, stats[-1], out)
+                z = following
+            conv_outs.append(c)
+        if not keep:
+            conv_outs.clear()
+        if spec.passes_last:
+            norm, last_stats = first.norm.narrow(used, width), _cut(stats[0], used, width)
+            if spec.pool is None:
+                norm_act.forward(rows(h[:, used:]), norm, last_stats, rows(cat[:, used:]))
+            else:
+                tail = torch.empty_like(h[:, used:], memory_format=torch.channels_last)
+                norm_act.forward(rows(h[:, used:]), norm, last_stats, rows(tail))
+                cat[:, used:].copy_(torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
+
+        o = last.conv.forward(cat, last.weight, last.bias)
+        stats.append(_stats(last.norm, o))
+        out4 = torch.empty_like(o) if keep else o
+        norm_act.forward(rows(o), last.norm, stats[-1], rows(out4), res=rows(x if shortcut is None else shortcut))
+        if keep:
+            ctx.spec, ctx.width = spec, width
+            ctx.save_for_backward(x, shortcut, h, cat, o, *conv_outs, *stats, *tensors)
+        return out4
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        spec: UnitSpec = ctx.spec
+        width: int = ctx.width
+        count = len(spec.inner)
+        used = width * count
+        x, shortcut, h, cat, o, *rest = ctx.saved_tensors
+        conv_outs, (stats1, *inner_stats, stats3) = rest[:count], rest[count : 2 * count + 2]
+        need_x, need_shortcut, *needs = ctx.needs_input_grad[2:]
+        need = [needs[i : i + 4] for i in range(0, len(needs), 4)]
+        first, last = spec.first, spec.last
+        assert first.norm is not None
+        assert last.norm is not None
+
+        own = shortcut is None  # the identity: both gradients are of one tensor
+        dres, do = torch.empty_like(o), torch.empty_like(o)
+        dnorm = norm_act.backward(
+            *(rows(o), last.norm, stats3, rows(_channels_last(dout)), rows(do)),
+            res=rows(x if own else shortcut),
+            dres=rows(dres),
+        )
+        dcat = last.conv.input_grad(do, cat, last.weight)
+        grads_last = [*_conv_grads(last, need[-1], do, cat), *_needed(dnorm, need[-1][2:])]
+        del do
+
+        dh = torch.empty_like(h)
+        dnorm1 = torch.empty(2, h.shape[1], dtype=h.dtype)
+
+        def close(start: int, dy: Tensor) -> None:
+            """Take the gradient of a split back through the first norm."""
+            cut = (first.norm.narrow(start, width), _cut(stats1, start, width))  # type: ignore[union-attr]
+            found = norm_act.backward(
+                rows(h[:, start : start + width]), *cut, rows(dy), rows(dh[:, start : start + width])
+            )
+            dnorm1[0, start : start + width], dnorm1[1, start : start + width] = found
+
+        if spec.passes_last:
+            dlast = dcat[:, used:]
+            if spec.pool is not None:
+                like = torch.empty_like(h[:, used:], memory_format=torch.channels_last)
+                dlast = torch.ops.aten.avg_pool2d_backward(
+                    dlast.contiguous(memory_format=torch.channels_last), like, [3], spec.pool, [1], False, True, None
+                )
+            close(used, _channels_last(dlast))
+
+        grads_inner: list[Any] = []
+        following: Tensor | None = None  # gradient of the next convolution's input, where this split is added to it
+        for i in reversed(range(count)):
+            part, c = spec.inner[i], conv_outs[i]
+            assert part.norm is not None
+            at = slice(i * width, (i + 1) * width)
+            dz, add = dcat[:, at], following
+            if spec.published_sum and i == 0 and following is not None:
+                dz, add = following, None  # it holds what came through the concatenation already
+            dc = torch.empty_like(c)
+            dnorm = norm_act.backward(
+                *(rows(c), part.norm, inner_stats[i], rows(dz), rows(dc)), add=None if add is None else rows(add)
+            )
+            chained = spec.chained and i > 0
+            if chained and spec.published_sum and i == 1:
+                z = cat[:, :width]
+            else:
+                z = torch.empty_like(h[:, at], memory_format=torch.channels_last)
+                again = first.norm.narrow(i * width, width).fixed(_cut(stats1, i * width, width))
+                if chained:
+                    before = rows(cat[:, (i - 1) * width : i * width])
+                    norm_act.forward(rows(h[:, at]), again, None, None, add=before, y2=rows(z))
+                else:
+                    norm_act.forward(rows(h[:, at]), again, None, rows(z))
+            grads_inner = [*_conv_grads(part, need[i + 1], dc, z), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
+            dz = part.conv.input_grad(dc, z, part.weight)
+            if chained and spec.published_sum and i == 1:
+                dz.add_(dcat[:, :width])
+            close(i * width, dz)
+            following = dz if chained else None
+
+        grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
+        dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
+        return (None, None, dx, dres if need_shortcut and not own else None, *grads_first, *grads_inner, *grads_last)
+
+
+def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Return the output of a unit, (B, K, OH, OW), channels-last.
+
+    Args:
+        spec: The unit.
+        x: (B, C, H, W).
+        shortcut: (B, K, OH, OW), or None for x itself.
+    """
+    tensors = tensors_of(spec.parts)
+    shortcut = None if shortcut is None else _channels_last(shortcut)
+    keep = wants_grad(x, shortcut, *tensors)
+    result: Tensor = _UnitFunction.apply(spec, keep, _channels_last(x), shortcut, *tensors)
+    return result
+
+
+def _new(like: Tensor, chans: int) -> Tensor:
+    """Return room for (B, `chans`, H, W), channels-last."""
+    return torch.empty(
+        (len(like), chans, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def _stats(norm: Norm, x: Tensor) -> Tensor | None:
+    """Return room for mean and variance, or None where the running ones are used."""
+    return torch.empty(2, x.shape[1], dtype=x.dtype) if norm.batch else None
+
+
+def _cut(stats: Tensor | None, start: int, length: int) -> Tensor | None:
+    return None if stats is None else stats.narrow(1, start, length)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _conv_grads(part: ConvNorm, need: list[bool], dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of weight and bias, where they are needed."""
+    weight = part.conv.weight_grad(dy, x, part.weight) if need[0] else None
+    return weight, rows(dy).sum(0) if need[1] else None
+
+
+def _needed(grads: tuple[Tensor | None, Tensor | None], need: list[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))

@@ -1,0 +1,88 @@
+"""Compiles the C++ kernels of this folder once, keeps them on disk, and calls them through ctypes.
+
+A kernel file is a Python module with its source in a string. The library is compiled for the very processor it runs on,
+against nothing but the C++ standard library and OpenMP, so that compiling takes a few seconds and no Python or torch
+headers are needed. The file name is made from the source, the compiler's version and the processor's abilities: what
+fits is found again, what does not is compiled anew. Where there is no compiler, `NativeUnavailableError` says so, and
+the caller keeps the plain form.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from r2kit.cache import cache_folder
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+
+
+class NativeUnavailableError(Exception):
+    """The kernels cannot be compiled or loaded here; the text is one line that says why."""
+
+
+@functools.cache
+def load(source: str) -> ctypes.CDLL:
+    """Return the library made from `source`, compiling it if no earlier process has.
+
+    The first call with a source takes a few seconds, later ones some hundredths of a second.
+
+    Raises:
+        NativeUnavailableError: If there is no compiler, it fails, or the library cannot be loaded.
+    """
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        raise NativeUnavailableError("no C++ compiler found (g++ or clang++)")
+    # The macros hold the compiler's version and what -march=native means on this processor.
+    macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    name = hashlib.sha256("\n".join((source, *_FLAGS, macros)).encode()).hexdigest()[:20]
+    library = cache_folder() / "kernels" / f"{name}.so"
+    if not library.is_file():
+        _compile(compiler, source, library)
+    try:
+        # torch is loaded already, so the OpenMP library is torch's own and there is one pool of threads.
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeUnavailableError(f"the compiled kernels cannot be loaded: {error}") from None
+
+
+def threads() -> int:
+    """Return the number of threads a kernel should use: torch's."""
+    return torch.get_num_threads()
+
+
+def _compile(compiler: str, source: str, library: Path) -> None:
+    """Compile into a draft and rename it, so that processes that start together never see half a file."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            code, draft = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            code.write_text(source, encoding="utf-8")
+            _run([compiler, *_FLAGS, str(code), "-o", str(draft)])
+            os.replace(draft, library)
+    except OSError as error:
+        raise NativeUnavailableError(f"{library.parent}: {error.strerror or error}") from None
+
+
+def _run(command: list[str]) -> str:
+    """Return what a compiler prints.
+
+    Raises:
+        NativeUnavailableError: If it cannot be started or fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
+        raise NativeUnavailableError(f"{command[0]} failed: {first}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{command[0]}: {error}") from None
+    return done.stdout

@@ -1,0 +1,581 @@
+"""Kernel: an activation and a BatchNorm, in either order, with what stands around them, over channels-last rows.
+
+Forward, over the rows (pixels) and channels of a convolution's output x::
+
+    act_first:  y = act(x) * a + b          (Res2NetPlus)
+    otherwise:  y = act(x * a + b + res)    (ResNet; `res` is the shortcut of a block)
+    y2 = y + add                            (the next split of a Res2 unit)
+
+with a = weight / sqrt(var + eps), b = bias - mean * a. It takes one pass for the statistics and one for the output; the
+activation is computed twice rather than stored. Backward keeps x alone, where the plain modules keep the input of the
+normalisation and the input of the activation. With m what is normalised (act(x) or x), d the gradient at the
+normalisation's output, n the rows, all sums over rows::
+
+    dbias = sum d;  dweight = sum d (m - mean) / std
+    dm = a (d - dbias / n - (m - mean) / std * dweight / n);  dx = dm * act'(x)  or  dm
+
+again one pass for the sums and one for dx. Mish costs one exponential and one division: with e = exp(z) and
+n = e (e + 2), tanh(softplus(z)) = ((1 + e)^2 - 1) / ((1 + e)^2 + 1) = n / (n + 2), and its derivative is
+4 e (e + 1) / (n + 2)^2.
+
+Reference: `plain`, the same in torch's operators. Benchmark: ``python -m r2kit.backbones.fast.norm_act``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r2kit.backbones.fast import native
+
+SOURCE = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#include <omp.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+
+typedef float VF __attribute__((vector_size(BYTES)));
+typedef double VD __attribute__((vector_size(BYTES)));
+typedef int32_t VI __attribute__((vector_size(BYTES)));
+template <class T> struct Lanes;
+template <> struct Lanes<float> { using V = VF; };
+template <> struct Lanes<double> { using V = VD; };
+template <class T> using Vec = typename Lanes<T>::V;
+template <class T> constexpr int64_t width = BYTES / sizeof(T);
+
+// n lanes of a row; n < width only where the row itself is shorter than a vector.
+template <class T> static inline Vec<T> load(const T* p, int64_t n) {
+  Vec<T> v = {};
+  if (n == width<T>) memcpy(&v, p, BYTES);
+  else for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
+}
+template <class T> static inline void store(T* p, Vec<T> v, int64_t n) {
+  if (n == width<T>) memcpy(p, &v, BYTES);
+  else for (int64_t i = 0; i < n; i++) p[i] = v[i];
+}
+
+// e^x for x in [-87, 20]: 2^k times a polynomial on [-ln2/2, ln2/2] (Cephes expf); 2 units in the last place.
+static inline VF exponential(VF x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  VF shifted = x * 1.44269504088896341f + magic;
+  VF k = shifted - magic;
+  VF r = x - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  VI bits, ki;
+  memcpy(&bits, &p, BYTES);
+  memcpy(&ki, &shifted, BYTES);
+  bits += ki << 23;  // the low bits of `shifted` are k
+  memcpy(&p, &bits, BYTES);
+  return p;
+}
+static inline VD exponential(VD x) {
+  VD y;
+  for (int i = 0; i < width<double>; i++) y[i] = std::exp(x[i]);
+  return y;
+}
+
+enum { IDENTITY = 0, RELU = 1, MISH = 2 };
+
+// tanh(softplus(z)) = n / (n + 2), n = e^z (e^z + 2). Above 20 it is 1 to the last bit.
+template <int A, class T> static inline Vec<T> act(Vec<T> x, T beta) {
+  using V = Vec<T>;
+  if (A == RELU) return x < T(0) ? V{} : x;  // NaN stays NaN
+  if (A != MISH) return x;
+  V z = x * beta;
+  z = z > T(20) ? V{} + T(20) : z;
+  z = z < T(-87) ? V{} - T(87) : z;
+  V e = exponential(z);
+  V n = e * (e + T(2));
+  return x * (n / (n + T(2)));
+}
+// Its derivative n/d + z 4 e (e + 1) / d^2, d = n + 2; optionally the value too.
+template <int A, class T> static inline Vec<T> slope(Vec<T> x, T beta, Vec<T>& value) {
+  using V = Vec<T>;
+  if (A == RELU) { value = x < T(0) ? V{} : x; return x > T(0) ? V{} + T(1) : V{}; }
+  if (A != MISH) { value = x; return V{} + T(1); }
+  V z = x * beta;
+  z = z > T(20) ? V{} + T(20) : z;
+  z = z < T(-87) ? V{} - T(87) : z;
+  V e = exponential(z);
+  V n = e * (e + T(2));
+  V r = T(1) / (n + T(2));
+  V t = n * r;
+  value = x * t;
+  return t + (z * T(4)) * (e * (e + T(1))) * (r * r);
+}
+
+struct Args {
+  int64_t rows, chans, threads;
+  int64_t act, act_first, batch;     // batch: statistics are those of the batch
+  double beta, eps, momentum;
+  const void *x; int64_t ldx;        // (rows, chans) convolution output
+  const void *res; int64_t ldres;    // residual added in front of the activation, or null
+  const void *add; int64_t ldadd;    // forward: y2 = y + add; backward: the gradient is dy + add
+  const void *dy; int64_t lddy;
+  void *y; int64_t ldy;              // forward: output; backward: gradient of x
+  void *y2; int64_t ldy2;            // forward: y + add; backward: gradient of the residual
+  void *mean, *var;                  // (chans) statistics of the batch (biased), written by forward
+  const void *weight, *bias;         // (chans) or null
+  void *running_mean, *running_var;  // (chans) or null
+  void *dweight, *dbias;             // (chans)
+};
+
+// Sums over rows, per channel: floats over at most BLOCK rows, doubles over blocks, threads in their order.
+constexpr int64_t BLOCK = 64;
+
+template <class T> static inline int64_t slots(int64_t c) { return (c + width<T> - 1) / width<T>; }
+// First channel of a slot: the last one overlaps the one before it rather than reaching over the row's end.
+template <class T> static inline int64_t first(int64_t slot, int64_t c) {
+  int64_t at = slot * width<T>;
+  return at + width<T> <= c || c < width<T> ? at : c - width<T>;
+}
+
+template <class T, class F> static void sum_rows(const Args& a, double* out1, double* out2, F row_sums) {
+  const int64_t S = slots<T>(a.chans), L = width<T>, n = a.threads;
+  std::vector<double> total(size_t(n) * 2 * S * L, 0.0);
+#pragma omp parallel num_threads(n)
+  {
+    int64_t t = omp_get_thread_num(), from = a.rows * t / n, to = a.rows * (t + 1) / n;
+    std::vector<T> part(2 * S * L);
+    double* mine = total.data() + size_t(t) * 2 * S * L;
+    for (int64_t r = from; r < to; r += BLOCK) {
+      std::fill(part.begin(), part.end(), T(0));
+      row_sums(r, r + BLOCK < to ? r + BLOCK : to, part.data(), part.data() + S * L);
+      for (int64_t i = 0; i < 2 * S * L; i++) mine[i] += part[i];
+    }
+  }
+  int64_t lanes = a.chans < L ? a.chans : L;
+  for (int64_t s = 0; s < S; s++)
+    for (int64_t l = 0; l < lanes; l++) {
+      double one = 0, two = 0;
+      for (int64_t t = 0; t < n; t++) {
+        one += total[size_t(t) * 2 * S * L + s * L + l];
+        two += total[size_t(t) * 2 * S * L + (S + s) * L + l];
+      }
+      out1[first<T>(s, a.chans) + l] = one;
+      out2[first<T>(s, a.chans) + l] = two;
+    }
+}
+
+template <class T> struct Coefficients {
+  std::vector<T> scale, shift, mean, rstd;
+  Coefficients(const Args& a) : scale(a.chans), shift(a.chans), mean(a.chans), rstd(a.chans) {
+    for (int64_t c = 0; c < a.chans; c++) {
+      double m = ((const T*)(a.batch ? a.mean : a.running_mean))[c];
+      double v = ((const T*)(a.batch ? a.var : a.running_var))[c];
+      double r = 1.0 / std::sqrt(v + a.eps), w = a.weight ? ((const T*)a.weight)[c] : 1.0;
+      mean[c] = T(m);
+      rstd[c] = T(r);
+      scale[c] = T(w * r);
+      shift[c] = T((a.bias ? ((const T*)a.bias)[c] : 0.0) - m * w * r);
+    }
+  }
+};
+
+template <class T, int A> static void statistics(const Args& a) {
+  const T* x = (const T*)a.x;
+  const T beta = T(a.beta);
+  const int64_t S = slots<T>(a.chans), L = width<T>, N = a.chans < L ? a.chans : L;
+  std::vector<T> origin(S * L, T(0));  // sums of differences from one value lose nothing to a large mean
+  for (int64_t s = 0; s < S; s++) store(&origin[s * L], act<A, T>(load(x + first<T>(s, a.chans), N), beta), L);
+  std::vector<double> one(a.chans), two(a.chans);
+  sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* square) {
+    int64_t r = from;
+    auto rows = [&](auto count) {
+      constexpr int K = decltype(count)::value;
+      for (; r + K <= to; r += K)
+        for (int64_t s = 0; s < S; s++) {
+          const T* p = x + r * a.ldx + first<T>(s, a.chans);
+          Vec<T> o = load(&origin[s * L], L), u = load(sum + s * L, L), q = load(square + s * L, L);
+          for (int k = 0; k < K; k++) {
+            Vec<T> v = act<A, T>(load(p + k * a.ldx, N), beta) - o;
+            u += v;
+            q += v * v;
+          }
+          store(sum + s * L, u, L);
+          store(square + s * L, q, L);
+        }
+    };
+    rows(std::integral_constant<int, 4>{});
+    rows(std::integral_constant<int, 1>{});
+  });
+  for (int64_t s = 0; s < S; s++)
+    for (int64_t l = 0; l < N; l++) {
+      int64_t c = first<T>(s, a.chans) + l;
+      double n = double(a.rows), d = one[c] / n, v = two[c] / n - d * d;
+      double m = origin[s * L + l] + d;
+      v = v > 0 ? v : (v == v ? 0 : v);
+      ((T*)a.mean)[c] = T(m);
+      ((T*)a.var)[c] = T(v);
+    }
+  if (a.running_mean)
+    for (int64_t c = 0; c < a.chans; c++) {
+      T *rm = (T*)a.running_mean + c, *rv = (T*)a.running_var + c;
+      double n = double(a.rows);
+      *rm = T((1 - a.momentum) * *rm + a.momentum * ((const T*)a.mean)[c]);
+      *rv = T((1 - a.momentum) * *rv + a.momentum * ((const T*)a.var)[c] * (n / (n - 1)));
+    }
+}
+
+// One row after the other; the last slot of a row is read before anything of the row is written, so that the output
+// may be one of the inputs although slots overlap.
+template <class T, class Read, class Write> static void each_row(const Args& a, Read read, Write write) {
+  const int64_t L = width<T>, N = a.chans < L ? a.chans : L, n = a.threads;
+  const int64_t whole = a.chans / L * L, tail = a.chans < L ? 0 : a.chans - L;
+#pragma omp parallel num_threads(n)
+  {
+    int64_t t = omp_get_thread_num(), from = a.rows * t / n, to = a.rows * (t + 1) / n;
+    for (int64_t r = from; r < to; r++) {
+      auto last = read(r, tail, N);
+      for (int64_t c = 0; c < whole; c += L) write(r, c, L, read(r, c, L));
+      if (whole < a.chans) write(r, tail, N, last);
+    }
+  }
+}
+
+template <class T, int A, bool FIRST> static void forward(const Args& a) {
+  if (a.batch) statistics<T, FIRST ? A : IDENTITY>(a);
+  using V = Vec<T>;
+  struct In { V x, res, add; };
+  const Coefficients<T> k(a);
+  const T beta = T(a.beta);
+  each_row<T>(a,
+    [&](int64_t r, int64_t c, int64_t n) {
+      In v{load((const T*)a.x + r * a.ldx + c, n), V{}, V{}};
+      if (a.res) v.res = load((const T*)a.res + r * a.ldres + c, n);
+      if (a.add) v.add = load((const T*)a.add + r * a.ldadd + c, n);
+      return v;
+    },
+    [&](int64_t r, int64_t c, int64_t n, const In& v) {
+      V scale = load(&k.scale[c], n), shift = load(&k.shift[c], n);
+      V y = FIRST ? act<A, T>(v.x, beta) * scale + shift : act<A, T>(v.x * scale + shift + v.res, beta);
+      if (a.y) store((T*)a.y + r * a.ldy + c, y, n);
+      if (a.y2) store((T*)a.y2 + r * a.ldy2 + c, y + v.add, n);
+    });
+}
+
+template <class T, int A, bool FIRST> static void backward(const Args& a) {
+  using V = Vec<T>;
+  const T beta = T(a.beta);
+  const int64_t S = slots<T>(a.chans), L = width<T>, N = a.chans < L ? a.chans : L;
+  const Coefficients<T> k(a);
+  std::vector<double> one(a.chans), two(a.chans);
+  // Gradient in front of the normalisation's output, and the normalisation's input minus its mean.
+  auto inner = [&](int64_t r, int64_t c, int64_t n, V x, V dy, V& centred) {
+    V value;
+    if (FIRST) {
+      centred = act<A, T>(x, beta) - load(&k.mean[c], n);
+      return dy;
+    }
+    V u = x * load(&k.scale[c], n) + load(&k.shift[c], n);
+    if (a.res) u += load((const T*)a.res + r * a.ldres + c, n);
+    centred = x - load(&k.mean[c], n);
+    return dy * slope<A, T>(u, beta, value);
+  };
+  auto gradient = [&](int64_t r, int64_t c, int64_t n) {
+    V d = load((const T*)a.dy + r * a.lddy + c, n);
+    return a.add ? d + load((const T*)a.add + r * a.ldadd + c, n) : d;
+  };
+  sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* product) {
+    int64_t r = from;
+    auto rows = [&](auto count) {
+      constexpr int K = decltype(count)::value;
+      for (; r + K <= to; r += K)
+        for (int64_t s = 0; s < S; s++) {
+          int64_t c = first<T>(s, a.chans);
+          V u = load(sum + s * L, L), q = load(product + s * L, L);
+          for (int j = 0; j < K; j++) {
+            V centred;
+            V d = inner(r + j, c, N, load((const T*)a.x + (r + j) * a.ldx + c, N), gradient(r + j, c, N), centred);
+            if (a.y2) store((T*)a.y2 + (r + j) * a.ldy2 + c, d, N);
+            u += d;
+            q += d * centred;
+          }
+          store(sum + s * L, u, L);
+          store(product + s * L, q, L);
+        }
+    };
+    rows(std::integral_constant<int, 4>{});
+    rows(std::integral_constant<int, 1>{});
+  });
+  std::vector<T> offset(a.chans), factor(a.chans);
+  for (int64_t c = 0; c < a.chans; c++) {
+    double n = double(a.rows), r = k.rstd[c];
+    if (a.dweight) ((T*)a.dweight)[c] = T(two[c] * r);
+    if (a.dbias) ((T*)a.dbias)[c] = T(one[c]);
+    offset[c] = a.batch ? T(one[c] / n) : T(0);
+    factor[c] = a.batch ? T(two[c] * r * r / n) : T(0);
+  }
+  if (!a.y) return;
+  struct In { V x, d; };
+  each_row<T>(a,
+    [&](int64_t r, int64_t c, int64_t n) {
+      V x = load((const T*)a.x + r * a.ldx + c, n);
+      return In{x, a.y2 ? load((const T*)a.y2 + r * a.ldy2 + c, n) : gradient(r, c, n)};
+    },
+    [&](int64_t r, int64_t c, int64_t n, const In& v) {
+      V scale = load(&k.scale[c], n), centred, dx;
+      if (FIRST) {
+        V value, rise = slope<A, T>(v.x, beta, value);
+        centred = value - load(&k.mean[c], n);
+        dx = scale * (v.d - load(&offset[c], n) - centred * load(&factor[c], n)) * rise;
+      } else {
+        V d = v.d;
+        centred = v.x - load(&k.mean[c], n);
+        if (!a.y2) {
+          V value;
+          d *= slope<A, T>(v.x * scale + load(&k.shift[c], n), beta, value);
+        }
+        dx = scale * (d - load(&offset[c], n) - centred * load(&factor[c], n));
+      }
+      store((T*)a.y + r * a.ldy + c, dx, n);
+    });
+}
+
+template <class T> static void dispatch(const Args& a, bool back) {
+#define CASE(A) \
+  if (a.act == A && a.act_first) { back ? backward<T, A, true>(a) : forward<T, A, true>(a); } \
+  if (a.act == A && !a.act_first) { back ? backward<T, A, false>(a) : forward<T, A, false>(a); }
+  CASE(IDENTITY) CASE(RELU) CASE(MISH)
+#undef CASE
+}
+extern "C" void norm_act_float(const Args* a, int back) { dispatch<float>(*a, back); }
+extern "C" void norm_act_double(const Args* a, int back) { dispatch<double>(*a, back); }
+"""
+
+
+ACTS = {"identity": 0, "relu": 1, "mish": 2}
+
+
+class _Args(ctypes.Structure):
+    """The struct of the same name in the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "chans", "threads", "act", "act_first", "batch")),
+        *((name, ctypes.c_double) for name in ("beta", "eps", "momentum")),
+        *(
+            field
+            for name in ("x", "res", "add", "dy", "y", "y2")
+            for field in ((name, ctypes.c_void_p), (f"ld{name}", ctypes.c_int64))
+        ),
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "weight", "bias", "running_mean", "running_var")),
+        *((name, ctypes.c_void_p) for name in ("dweight", "dbias")),
+    )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One BatchNorm and its activation, as the kernel takes them; channels are C.
+
+    Attributes:
+        act: A key of `ACTS`.
+        beta: Sharpness of Mish.
+        act_first: Whether the activation stands in front of the normalisation.
+        batch: Whether the statistics are those of the batch; else the running ones.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        running_mean: (C,), or None if there are none; moved in place by `forward` with batch statistics.
+        running_var: (C,), the same.
+    """
+
+    act: str
+    beta: float
+    act_first: bool
+    batch: bool
+    eps: float
+    momentum: float
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+    def narrow(self, start: int, length: int) -> Norm:
+        """Return the same for some of the channels: each channel stands alone."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.narrow(0, start, length)
+
+        return replace(
+            self,
+            weight=cut(self.weight),
+            bias=cut(self.bias),
+            running_mean=cut(self.running_mean),
+            running_var=cut(self.running_var),
+        )
+
+    def fixed(self, stats: Tensor | None) -> Norm:
+        """Return the same with the statistics that `forward` wrote, so that the output can be computed again."""
+        return self if stats is None else replace(self, batch=False, running_mean=stats[0], running_var=stats[1])
+
+
+def forward(
+    x: Tensor,
+    norm: Norm,
+    stats: Tensor | None,
+    y: Tensor | None,
+    *,
+    res: Tensor | None = None,
+    add: Tensor | None = None,
+    y2: Tensor | None = None,
+) -> None:
+    """Write the output into `y`, and ``y + add`` into `y2`.
+
+    Args:
+        x: (R, C), rows of any stride.
+        norm: What to compute; its running statistics move.
+        stats: (2, C): mean and biased variance of the batch are written here. None without batch statistics.
+        y: (R, C); may be `x` or `res`.
+        res: (R, C), added in front of the activation; not with `act_first`.
+        add: (R, C); with `y2`.
+        y2: (R, C).
+    """
+    args = _args(x, norm, stats)
+    _matrix(args, "res", res)
+    _matrix(args, "add", add)
+    _matrix(args, "y", y)
+    _matrix(args, "y2", y2)
+    _call(args, x.dtype, back=False)
+
+
+def backward(
+    x: Tensor,
+    norm: Norm,
+    stats: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    *,
+    add: Tensor | None = None,
+    res: Tensor | None = None,
+    dres: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of x into `dx` and return those of weight and bias, both (C,).
+
+    Args:
+        x: As given to `forward`.
+        norm: As given to `forward`.
+        stats: As written by `forward`.
+        dy: (R, C), gradient of `y`.
+        dx: (R, C); may be `x`, `dy` or `add`.
+        add: (R, C): the gradient is ``dy + add``.
+        res: As given to `forward`.
+        dres: (R, C), needed with `res` and no other tensor than that: its gradient is written here.
+    """
+    grads = torch.empty(2, x.shape[1], dtype=x.dtype)
+    args = _args(x, norm, stats)
+    _matrix(args, "dy", dy)
+    _matrix(args, "y", dx)
+    _matrix(args, "add", add)
+    _matrix(args, "res", res)
+    _matrix(args, "y2", dres)
+    args.dweight, args.dbias = grads[0].data_ptr(), grads[1].data_ptr()
+    _call(args, x.dtype, back=True)
+    return grads[0], grads[1]
+
+
+def _args(x: Tensor, norm: Norm, stats: Tensor | None) -> _Args:
+    args = _Args(
+        rows=x.shape[0],
+        chans=x.shape[1],
+        threads=native.threads(),
+        act=ACTS[norm.act],
+        act_first=norm.act_first,
+        batch=norm.batch,
+        beta=norm.beta,
+        eps=norm.eps,
+        momentum=norm.momentum,
+    )
+    _matrix(args, "x", x)
+    if stats is not None:
+        args.mean, args.var = stats[0].data_ptr(), stats[1].data_ptr()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, name)
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())
+    return args
+
+
+def _matrix(args: _Args, name: str, tensor: Tensor | None) -> None:
+    if tensor is not None:
+        setattr(args, name, tensor.data_ptr())
+        setattr(args, f"ld{name}", tensor.stride(0))
+
+
+def _call(args: _Args, dtype: torch.dtype, *, back: bool) -> None:
+    library = native.load(SOURCE)
+    function = library.norm_act_float if dtype == torch.float32 else library.norm_act_double
+    function(ctypes.byref(args), ctypes.c_int(back))
+
+
+# --------------------------------------------------------------------------------------------- reference, benchmark
+
+
+def plain(x: Tensor, norm: Norm, res: Tensor | None = None) -> Tensor:
+    """Compute the output `y` by torch's own operators: what the kernel is compared with."""
+
+    def act(t: Tensor) -> Tensor:
+        return {"identity": t, "relu": F.relu(t), "mish": F.mish(t * norm.beta) / norm.beta}[norm.act]
+
+    def bn(t: Tensor) -> Tensor:
+        return F.batch_norm(
+            t, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.momentum, norm.eps
+        )
+
+    if norm.act_first:
+        return bn(act(x))
+    return act(bn(x) if res is None else bn(x) + res)
+
+
+def main(rows: int = 8192, chans: int = 104, rounds: int = 10) -> None:
+    """Print nanoseconds an element of the kernel and of torch's operators, forward and backward, medians."""
+    for act, act_first in (("mish", True), ("mish", False), ("relu", False)):
+        ones, zeros = torch.ones(chans), torch.zeros(chans)
+        norm = Norm(act, 1.0, act_first, True, 1e-5, 0.1, ones, zeros, zeros.clone(), ones.clone())
+        x, dy = torch.randn(rows, chans), torch.randn(rows, chans)
+        y, stats = torch.empty_like(x), torch.empty(2, chans)
+        leaf = x.clone().requires_grad_()
+        seconds: dict[str, list[float]] = {}
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            forward(x, norm, stats, y)
+            after = time.perf_counter()
+            backward(x, norm, stats, dy, y)
+            done = time.perf_counter()
+            out = plain(leaf, norm)
+            plain_after = time.perf_counter()
+            out.backward(dy)
+            ends = (after - start, done - after, plain_after - done, time.perf_counter() - plain_after)
+            for name, value in zip(("forward", "backward", "plain forward", "plain backward"), ends, strict=True):
+                seconds.setdefault(name, []).append(value)
+        line = ", ".join(f"{k} {statistics.median(v[1:]) / x.numel() * 1e9:.2f}" for k, v in seconds.items())
+        print(
+            f"{act}, {'act -> BN' if act_first else 'BN -> act'}, {torch.get_num_threads()} threads, ns/element: {line}"
+        )
+
+
+if __name__ == "__main__":
+    main()

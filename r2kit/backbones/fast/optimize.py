@@ -1,0 +1,325 @@
+"""`optimize`: the one door to the fast form of a network.
+
+Modules change their class and nothing else: `FastRes2Block` is a `Res2Block` with another `forward`. Parameters,
+buffers, state-dict keys, copies and training mode stay as they are, and `plain` gives the classes back. Each fast
+`forward` looks at what it is given and calls the plain one where it has nothing better: on a GPU, in reduced precision,
+while a graph is traced or exported, where a hook watches a part, and where a part is of a kind it does not know.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from timm.layers import DropPath
+from timm.models.res2net import Bottle2neck
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+
+from r2kit.backbones._res2 import Res2Block
+from r2kit.backbones.fast import functions, native, norm_act, weight_grad
+from r2kit.backbones.fast.convolution import Conv
+from r2kit.backbones.fast.functions import ConvNorm, UnitSpec
+from r2kit.backbones.fast.norm_act import Norm
+from r2kit.backbones.mish import MishBeta
+
+__all__ = ["optimize", "optimize_with_reason", "plain"]
+
+
+def optimize(model: nn.Module) -> nn.Module:
+    """Turn a network into its fast form, in place, and return it; outputs and gradients stay the same.
+
+    For 32- and 64-bit floats on a CPU with a C++ compiler; elsewhere the network stays as it is, and a warning says so.
+    The first call on a machine compiles for some seconds and keeps the result on disk.
+
+    Args:
+        model: Any network. Convolutions, and the units of Res2Net, Res2NetPlus and ResNet, become fast; other modules
+            stay as they are.
+    """
+    reason = optimize_with_reason(model)
+    if not is_fast(model):
+        warnings.warn(f"r2kit.optimize: {reason}", stacklevel=2)
+    return model
+
+
+def optimize_with_reason(model: nn.Module) -> str:
+    """Do what `optimize` does, and return one line that says what was done or why nothing was."""
+    if any(p.is_cuda or p.device.type == "mps" for p in model.parameters()):
+        return "off: the kernels are for the CPU, and the network is on another device"
+    try:
+        for source in (norm_act.SOURCE, weight_grad.SOURCE):
+            native.load(source)
+    except native.NativeUnavailableError as error:
+        return f"off: {error}"
+    units = convs = 0
+    for module in list(model.modules()):
+        fast = _FAST.get(type(module))
+        if fast is None or (type(module) is nn.Sequential and not _has_pair(module)):
+            continue
+        units += fast in _UNITS
+        convs += fast is FastConv2d
+        module.__class__ = fast
+    if not is_fast(model):
+        return "off: the network has no convolution"
+    left = Counter(type(m).__name__ for m in model.modules() if _is_slow_unit(m))
+    rest = f"; as they were: {', '.join(f'{n} {name}' for name, n in sorted(left.items()))}" if left else ""
+    return f"on: {units} fused units, {convs} convolutions{rest}"
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Give a network its plain classes back, in place, and return it."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
+    return model
+
+
+def is_fast(model: nn.Module) -> bool:
+    """Whether `optimize` changed some module of a network."""
+    return any(type(module) in _PLAIN for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------- what can be fast, when
+
+
+def _usable(x: Tensor, parts: Iterable[nn.Module]) -> bool:
+    """Whether a fast forward pass may take this input and these parts."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    # A mode that watches every operator (to count, to fake) would not see what the kernels do.
+    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None or _in_transform():
+        return False
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in parts
+    )
+
+
+def _in_transform() -> bool:
+    """Whether a torch.func transform is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _act(module: nn.Module) -> tuple[str, float] | None:
+    """Return the activation and its sharpness as the kernel takes them, or None for another kind."""
+    if type(module) is nn.Identity:
+        return "identity", 1.0
+    if type(module) is nn.ReLU:
+        return "relu", 1.0
+    if type(module) is nn.Mish:
+        return "mish", 1.0
+    if type(module) is MishBeta:
+        return "mish", float(module.beta)
+    return None
+
+
+def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act_first: bool) -> ConvNorm | None:
+    """Return a convolution with its norm and activation, or None where one of them is of another kind."""
+    if type(conv) not in (nn.Conv2d, FastConv2d) or type(bn) is not nn.BatchNorm2d:
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, nn.BatchNorm2d)
+    geometry, found = Conv.of(conv), _act(act)
+    tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    if geometry is None or found is None or any(t is not None and not _fits(t, x) for t in tensors):
+        return None
+    batch = bn.training or bn.running_mean is None
+    moved = bn.training and bn.track_running_stats
+    if batch and bn.training and bn.running_mean is not None and not moved:
+        return None
+    running = (bn.running_mean, bn.running_var) if moved or not batch else (None, None)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    norm = Norm(*found, act_first, batch, bn.eps, momentum, bn.weight, bn.bias, *running)
+    return ConvNorm(geometry, conv.weight, conv.bias, norm)
+
+
+def _fits(tensor: Tensor, x: Tensor) -> bool:
+    return tensor.dtype == x.dtype and tensor.device == x.device
+
+
+def _step(bns: Iterable[nn.Module]) -> bool:
+    """Count the batch in each norm that counts, as torch's does; False where a norm averages over all batches."""
+    counting = [bn for bn in cast(Iterable[nn.BatchNorm2d], bns) if bn.training and bn.track_running_stats]
+    if any(bn.momentum is None for bn in counting):
+        return False
+    for bn in counting:
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ the fast classes
+
+
+class FastConv2d(nn.Conv2d):
+    """`nn.Conv2d` through `functions.conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, K, OH, OW)."""
+        geometry = Conv.of(self)
+        if geometry is None or self.groups > 1 or not _usable(x, ()) or x.dim() != 4 or not _fits(self.weight, x):
+            return super().forward(x)
+        return functions.conv_norm(ConvNorm(geometry, self.weight, self.bias, None), x)
+
+
+class FastSequential(nn.Sequential):
+    """`nn.Sequential` that runs a convolution together with the norm and activation behind it."""
+
+    def forward(self, x: Any) -> Any:
+        """Apply the modules one after the other."""
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            found = _pair(modules[i : i + 3], x)
+            if found is None:
+                x = modules[i](x)
+                i += 1
+            else:
+                part, bn, length = found
+                x = functions.conv_norm(part, x) if _step([bn]) else _each(modules[i : i + length], x)
+                i += length
+        return x
+
+
+class FastRes2Block(Res2Block):
+    """`Res2Block` through `functions.unit`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inplanes, H, W) to (B, 4 * planes, ceil(H / stride), ceil(W / stride))."""
+        orders = (self.conv1_act_first, self.act_first)
+        return _run(self, super().forward, x, [self.act1, *self.acts, self.act3], orders, self.chained)
+
+
+class FastBottle2neck(Bottle2neck):
+    """timm's Res2Net unit through `functions.unit`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, K, OH, OW)."""
+        acts = [self.relu] * (len(self.convs) + 2)
+        return _run(self, super().forward, x, acts, (False, False), not self.is_first)
+
+
+class FastBottleneck(Bottleneck):
+    """timm's ResNet unit, a Res2 unit with a single split, through `functions.unit`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, K, OH, OW)."""
+        return _run(self, super().forward, x, [self.act1, self.act2, self.act3], (False, False), False)
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: FastConv2d,
+    nn.Sequential: FastSequential,
+    Res2Block: FastRes2Block,
+    Bottle2neck: FastBottle2neck,
+    Bottleneck: FastBottleneck,
+}
+_PLAIN = {fast: slow for slow, fast in _FAST.items()}
+_UNITS = (FastRes2Block, FastBottle2neck, FastBottleneck)
+
+
+def _is_slow_unit(module: nn.Module) -> bool:
+    """Whether a module runs convolutions of its own with nothing fused around them."""
+    if type(module) in _PLAIN or isinstance(module, nn.Sequential | nn.ModuleList):
+        return False
+    return any(type(child) is FastConv2d for child in module.children()) and not hasattr(module, "forward_features")
+
+
+def _has_pair(module: nn.Module) -> bool:
+    """Whether some convolution of a sequence is followed by a norm."""
+    kinds = [type(child) for child in module.children()]
+    return any(
+        kind in (nn.Conv2d, FastConv2d) and nn.BatchNorm2d in kinds[i + 1 : i + 3] for i, kind in enumerate(kinds)
+    )
+
+
+def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module, int] | None:
+    """Return what the first of up to three modules begins: the fused part, its norm, and how many modules it takes."""
+    if type(modules[0]) is not FastConv2d or len(modules) < 2 or not _usable(x, modules) or x.dim() != 4:
+        return None
+    identity = nn.Identity()
+    part = None
+    if isinstance(modules[1], nn.BatchNorm2d):
+        bn, length = modules[1], 3
+        if len(modules) == 3:
+            part = _conv_norm(modules[0], bn, modules[2], x, act_first=False)
+        if part is None:
+            part, length = _conv_norm(modules[0], bn, identity, x, act_first=False), 2
+    elif len(modules) == 3 and isinstance(modules[2], nn.BatchNorm2d):
+        bn, length = modules[2], 3
+        part = _conv_norm(modules[0], bn, modules[1], x, act_first=True)
+    if part is None or _single_value(part, x):
+        return None
+    return part, bn, length
+
+
+def _each(modules: list[nn.Module], x: Any) -> Any:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _single_value(part: ConvNorm, x: Tensor) -> bool:
+    """Whether torch would refuse to take statistics of the convolution's output: one value a channel."""
+    height, width = part.conv.out_size(x.shape[2], x.shape[3])
+    return part.norm is not None and part.norm.batch and x.shape[0] * height * width <= 1
+
+
+def _run(
+    block: Any,
+    plain_forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    acts: list[nn.Module],
+    orders: tuple[bool, bool],
+    chained: bool,
+) -> Tensor:
+    """Run a unit fast, or plainly where something in it is of another kind.
+
+    Args:
+        block: The unit.
+        plain_forward: Its plain forward pass.
+        x: Its input.
+        acts: Its activations in their order.
+        orders: Whether the activation stands first behind the first convolution, and behind the inner ones.
+        chained: Whether each split but the first has the output of the one before added.
+    """
+    bottleneck = isinstance(block, Bottleneck)
+    convs = [block.conv2] if bottleneck else list(block.convs)
+    bns = [block.bn1, *([block.bn2] if bottleneck else block.bns), block.bn3]
+    idle = (block.drop_block, block.se, block.drop_path, getattr(block, "aa", None))
+    parts = [block.conv1, *convs, block.conv3, *bns, *acts]
+    if not all(_does_nothing(module) for module in idle) or not _usable(x, parts):
+        return plain_forward(x)
+    first = _conv_norm(block.conv1, bns[0], acts[0], x, act_first=orders[0])
+    found = [_conv_norm(*trio, x, act_first=orders[1]) for trio in zip(convs, bns[1:-1], acts[1:-1], strict=True)]
+    inner = tuple(part for part in found if part is not None)
+    last = _conv_norm(block.conv3, bns[-1], acts[-1], x, act_first=False)
+    if first is None or last is None or len(inner) < len(found):
+        return plain_forward(x)
+    if any(_single_value(part, x) for part in (first, inner[0])) or not _step(bns):
+        return plain_forward(x)
+    pool = getattr(block, "pool", None)
+    spec = UnitSpec(
+        first,
+        inner,
+        last,
+        chained,
+        passes_last=len(first.weight) > sum(len(part.weight) for part in inner),
+        pool=convs[0].stride if isinstance(pool, nn.AvgPool2d) else None,
+        published_sum=getattr(block, "published_sum", False),
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    shortcut = None if _does_nothing(block.downsample) else block.downsample(x)
+    return functions.unit(spec, x, shortcut)
+
+
+def _does_nothing(module: nn.Module | None) -> bool:
+    """Whether a part of a unit leaves its input as it is."""
+    if isinstance(module, DropPath):
+        return not module.training or module.drop_prob == 0.0
+    return module is None or type(module) is nn.Identity

@@ -1,0 +1,209 @@
+"""Kernel: the gradient of a convolution's weights, over channels-last rows.
+
+With x the rows (pixels) that went in and dy the gradient of the rows that came out, each tap (i, j) of the kernel has::
+
+    dw[:, i, j, :] = sum over pixels p of  dy[p]^T x[p * stride - pad + (i, j) * dilation]
+
+a product of two matrices whose common side is the pixels. Both lie in memory with that side outermost, so nothing has
+to be packed: a tile of the result stays in registers while one list of pairs of rows, the same for all tiles of a tap,
+says which rows meet. Pixels outside the image are simply not in the list: on small maps that is a good part of the
+work. A thread owns its tiles, so the sums do not depend on the order of threads. x may be some channels of a wider
+tensor, as the splits of a Res2 unit are.
+
+Only for float32, one group and at least `NARROWEST` input channels. Reference: torch's own `convolution_backward`.
+Benchmark: ``python -m r2kit.backbones.fast.weight_grad``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from r2kit.backbones.fast import native
+
+SOURCE = r"""
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef float V __attribute__((vector_size(BYTES)));
+constexpr int64_t L = BYTES / sizeof(float);
+constexpr int64_t MR = 6, CHUNK = 192;  // tile of 6 output channels by two vectors: 12 sums, 2 vectors, 1 broadcast
+
+struct Args {
+  int64_t batch, height, width, chans, ldx;           // x: rows (batch, height, width) of `chans`
+  int64_t out_height, out_width, out_chans, lddy;     // dy: likewise
+  int64_t kernel_h, kernel_w, stride, pad, dilation, threads;
+  const float *x, *dy;
+  float* dw;                                          // (out_chans, kernel_h, kernel_w, chans)
+};
+struct Pair { int32_t x, dy; };
+
+template <int M, int N>
+static void tile(const float* x, const float* dy, const Pair* at, int64_t count, const int64_t* where,
+                 const int64_t* skip, float* dw, int64_t lddw) {
+  V sum[M][N] = {};
+  for (int64_t k = 0; k < count; k++) {
+    const float *xk = x + at[k].x, *dk = dy + at[k].dy;
+    V v[N];
+    for (int j = 0; j < N; j++) memcpy(&v[j], xk + where[j], BYTES);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) sum[i][j] += v[j] * dk[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      float* out = dw + i * lddw + where[j];
+      if (skip[j] == 0) {
+        V old;
+        memcpy(&old, out, BYTES);
+        old += sum[i][j];
+        memcpy(out, &old, BYTES);
+      } else {
+        float lanes[L];
+        memcpy(lanes, &sum[i][j], BYTES);
+        for (int64_t l = skip[j]; l < L; l++) out[l] += lanes[l];
+      }
+    }
+}
+using Tile = void (*)(const float*, const float*, const Pair*, int64_t, const int64_t*, const int64_t*, float*,
+                      int64_t);
+static const Tile TILES[MR + 1][3] = {
+  {0, 0, 0}, {0, tile<1, 1>, tile<1, 2>}, {0, tile<2, 1>, tile<2, 2>}, {0, tile<3, 1>, tile<3, 2>},
+  {0, tile<4, 1>, tile<4, 2>}, {0, tile<5, 1>, tile<5, 2>}, {0, tile<6, 1>, tile<6, 2>}};
+
+extern "C" void weight_grad(const Args* args) {
+  const Args& a = *args;
+  const int64_t taps = a.kernel_h * a.kernel_w, pixels = a.out_height * a.out_width;
+  const int64_t group = pixels >= CHUNK ? 1 : (CHUNK + pixels - 1) / pixels;
+  // For each tap the pairs of rows that meet, of `group` images; `upto[t][g]` of them belong to the first g images.
+  std::vector<std::vector<Pair>> pairs(taps);
+  std::vector<std::vector<int64_t>> upto(taps, std::vector<int64_t>(1, 0));
+  for (int64_t t = 0; t < taps; t++)
+    for (int64_t g = 0; g < group; g++) {
+      for (int64_t oh = 0; oh < a.out_height; oh++) {
+        int64_t h = oh * a.stride - a.pad + t / a.kernel_w * a.dilation;
+        if (h < 0 || h >= a.height) continue;
+        for (int64_t ow = 0; ow < a.out_width; ow++) {
+          int64_t w = ow * a.stride - a.pad + t % a.kernel_w * a.dilation;
+          if (w < 0 || w >= a.width) continue;
+          pairs[t].push_back({int32_t(((g * a.height + h) * a.width + w) * a.ldx),
+                              int32_t(((g * a.out_height + oh) * a.out_width + ow) * a.lddy)});
+        }
+      }
+      upto[t].push_back(int64_t(pairs[t].size()));
+    }
+  std::vector<int64_t> where, skip;  // the last vector reaches back, and skips what the one before it has
+  for (int64_t c = 0; c < a.chans; c += L) {
+    where.push_back(c + L <= a.chans ? c : a.chans - L);
+    skip.push_back(c - where.back());
+  }
+  const int64_t vectors = int64_t(where.size()), parts = (a.out_chans + MR - 1) / MR, items = taps * parts;
+  memset(a.dw, 0, sizeof(float) * a.out_chans * taps * a.chans);
+#pragma omp parallel num_threads(a.threads)
+  {
+    const int64_t t = omp_get_thread_num(), from = items * t / a.threads, to = items * (t + 1) / a.threads;
+    for (int64_t image = 0; image < a.batch; image += group) {
+      const int64_t images = image + group <= a.batch ? group : a.batch - image;
+      const float* x = a.x + image * a.height * a.width * a.ldx;
+      const float* dy = a.dy + image * pixels * a.lddy;
+      const int64_t most = images * pixels;
+      for (int64_t start = 0; start < most; start += CHUNK)
+        for (int64_t item = from; item < to; item++) {
+          const int64_t tap = item / parts, part = item % parts;
+          const int64_t end = upto[tap][images];
+          if (start >= end) continue;
+          const int64_t count = start + CHUNK < end ? CHUNK : end - start;
+          const int64_t c = a.out_chans * part / parts, m = a.out_chans * (part + 1) / parts - c;
+          for (int64_t v = 0; v < vectors; v += 2)
+            TILES[m][v + 1 < vectors ? 2 : 1](x, dy + c, pairs[tap].data() + start, count, &where[v], &skip[v],
+                                              a.dw + (c * taps + tap) * a.chans, taps * a.chans);
+        }
+    }
+  }
+}
+"""
+
+NARROWEST = 16  # lanes of the widest vector
+
+
+class _Args(ctypes.Structure):
+    """The struct of the same name in the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "chans", "ldx")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_chans", "lddy")),
+        *((name, ctypes.c_int64) for name in ("kernel_h", "kernel_w", "stride", "pad", "dilation", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "dw")),
+    )
+
+
+def weight_grad(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad: int, dilation: int) -> Tensor:
+    """Return the gradient of the weights, (out_chans, chans, *kernel) in channels-last memory.
+
+    Args:
+        x: (B, C, H, W) float32, channels-last; may be some channels of a wider tensor.
+        dy: (B, K, OH, OW), likewise.
+        kernel: Height and width of the kernel.
+        stride: In both directions, as the next two.
+        pad: Zeros around the image.
+        dilation: Distance of the taps.
+    """
+    dw = torch.empty((dy.shape[1], x.shape[1], *kernel), memory_format=torch.channels_last)
+    args = _Args(
+        *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], _row_stride(x)),
+        *(dy.shape[2], dy.shape[3], dy.shape[1], _row_stride(dy)),
+        *(*kernel, stride, pad, dilation, native.threads()),
+        *(x.data_ptr(), dy.data_ptr(), dw.data_ptr()),
+    )
+    native.load(SOURCE).weight_grad(ctypes.byref(args))
+    return dw
+
+
+def _row_stride(x: Tensor) -> int:
+    """Return how far apart two pixels are in memory."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2).stride(0)
+
+
+def plain(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad: int, dilation: int) -> Tensor:
+    """Return the same by torch's own operator: what the kernel is compared with."""
+    weight = x.new_empty(dy.shape[1], x.shape[1], *kernel)
+    mask = (False, True, False)
+    grads = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, (stride,) * 2, (pad,) * 2, (dilation,) * 2, False, (0, 0), 1, mask
+    )
+    return grads[1]
+
+
+def main(batch: int = 32, rounds: int = 10) -> None:
+    """Print milliseconds of the kernel and of torch's operator for the layers of Res2Net-50 at 64 px, medians."""
+    for chans, side in ((26, 16), (52, 8), (104, 4), (208, 2)):
+        x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn_like(x)
+        seconds: dict[str, list[float]] = {"kernel": [], "plain": []}
+        for _ in range(rounds + 1):
+            for name, function in (("kernel", weight_grad), ("plain", plain)):
+                start = time.perf_counter()
+                function(x, dy, (3, 3), 1, 1, 1)
+                seconds[name].append(time.perf_counter() - start)
+        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
+        print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
+
+
+if __name__ == "__main__":
+    main()
