@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,10 +88,14 @@ def data_check(
     """Look for what would make a result untrue; exit code 1 if there is something, 2 if the data cannot be opened."""
     from r2kit.data.check import check_data
 
-    verdict = check_data(_recipe_of(data, overrides, recipe), out)
+    checked = _recipe_of(data, overrides, recipe)
+    command = shlex.join(["r2kit", "finetune", recipe or "RECIPE", *_chosen(data), *(overrides or [])])
+    verdict = check_data(checked, out, command)
     for finding in verdict.findings:
         typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
         typer.echo(f"  mend: {finding.mend}")
+        if finding.change:
+            typer.echo(f"  {finding.change}")
     typer.echo(f"written: {out / 'check.html'}, {out / 'manifest.parquet'}")
     if verdict.untrue:
         typer.echo("verdict: a result on this data would not be true")
@@ -102,16 +107,17 @@ def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None
     """The recipe, or the defaults, with DATA as its data."""
     from r2kit.recipe_file import load_recipe
 
-    chosen: dict[str, str | None] = {"source": "auto", "root": None, "name": None}
+    # JSON is YAML, so that a path with any characters stays one text; what a recipe says about its data gives way.
+    keys = {"source": '"auto"', "root": "null", "name": "null"}
+    keys |= {item.split("=", 1)[0].removeprefix("data."): json.dumps(item.split("=", 1)[1]) for item in _chosen(data)}
+    instead = [f"data.{key}={value}" for key, value in keys.items()]
+    return load_recipe({} if recipe is None else recipe, [*instead, *(overrides or [])])
+
+
+def _chosen(data: str) -> list[str]:
+    """DATA as key.path=value items."""
     if data == "bluemarble":
-        chosen["source"] = data
-    elif data.startswith("torchvision:"):
-        chosen["name"] = data.removeprefix("torchvision:")
-    else:
-        chosen["root"] = data
-    if recipe is None:
-        return load_recipe({"data": chosen}, overrides or [])
-    # JSON is YAML, so that a path with any characters stays one text.
-    return load_recipe(
-        recipe, [*(f"data.{key}={json.dumps(value)}" for key, value in chosen.items()), *(overrides or [])]
-    )
+        return ["data.source=bluemarble"]
+    if data.startswith("torchvision:"):
+        return [f"data.name={data.removeprefix('torchvision:')}"]
+    return [f"data.root={data}"]

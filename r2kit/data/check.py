@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import dataclasses
+import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
+from r2kit.data.check_page import check_page
 from r2kit.data.files import is_flat, pixel_hash
-from r2kit.data.findings import TARGET_CHECKS, Finding
-from r2kit.data.leaks import find_leaks
+from r2kit.data.findings import SPLIT_FILE, TARGET_CHECKS, Finding
+from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.perceptual import coefficients, near_copies
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.sources import Source, open_source
@@ -28,10 +28,10 @@ IMBALANCE = 20.0
 """Largest class over smallest class above which a warning is given."""
 DRIFT = 1.0
 """Difference between the means of two parts, in standard deviations between images, above which a warning is given."""
+FEW = 5
+"""Images of a class in the part that is reported on below which a warning is given."""
 NODATA_DRIFT = 0.2
 """Difference between the shares of pixels without measurement of two parts above which a warning is given."""
-_SHOWN = 6  # pairs or images of a finding on the page
-_THUMBNAIL = 112  # pixels
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Verdict:
         return any(finding.untrue for finding in self.findings)
 
 
-def check_data(recipe: Recipe, out: Path) -> Verdict:
+def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE") -> Verdict:
     """Read every image once, look for what would make a result untrue, and write it down.
 
     Args:
         recipe: Its `data` part and seed say what is read and how it is divided.
-        out: Folder for ``manifest.parquet`` and ``check.html``; made if need be, files of these names are replaced.
+        out: Folder for ``manifest.parquet``, ``check.html``, and, where images should give way, ``split.csv``; made if
+            need be, files of these names are replaced.
+        command: What trains on this data; the changes that mend a finding are added to it.
 
     Raises:
         DataError: If there is nothing to check at all, or `out` cannot be written.
@@ -95,14 +97,41 @@ def check_data(recipe: Recipe, out: Path) -> Verdict:
     manifest = pd.concat([manifest, measured], axis=1)
     if source.contents is not None:
         manifest = pd.concat([manifest, source.contents.drop(columns=["pixels", "flat"])], axis=1)
-    verdict = Verdict(findings, manifest, source.skipped)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_table(manifest, out / "manifest.parquet")
-        (out / "check.html").write_text(_page(source, verdict), encoding="utf-8")
+        mended = None if split is None else _mended(split, findings, source)
+        if mended is not None:
+            write_table(mended.table(source.manifest), out / "split.csv")
+        findings = [
+            _with_command(finding, command, None if mended is None else out / "split.csv") for finding in findings
+        ]
+        verdict = Verdict(findings, manifest, source.skipped)
+        (out / "check.html").write_text(
+            check_page(source, verdict.findings, manifest, source.skipped), encoding="utf-8"
+        )
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return verdict
+    return Verdict(findings, manifest, source.skipped)
+
+
+def _mended(split: Split, findings: list[Finding], source: Source) -> Split | None:
+    """The split without the images that should give way; None where there is none, or a class would be lost."""
+    giving_way = [finding for finding in findings if finding.change in (SPLIT_FILE, "data.on_leak=drop")]
+    if not giving_way:
+        return None
+    try:
+        return without_leaks(split, giving_way, source.manifest, source.classes)
+    except DataError:
+        return None
+
+
+def _with_command(finding: Finding, command: str, split_file: Path | None) -> Finding:
+    """The finding with the whole command that mends it in place of the change of the recipe; none if there is none."""
+    if not finding.change or (finding.change == SPLIT_FILE and split_file is None):
+        return dataclasses.replace(finding, change="")
+    change = shlex.quote(finding.change.format(split=split_file))
+    return dataclasses.replace(finding, change=f"{command} {change}")
 
 
 def _unusable(source: Source, skip: bool) -> list[Finding]:
@@ -111,12 +140,15 @@ def _unusable(source: Source, skip: bool) -> list[Finding]:
         return []
     path, reason = source.skipped[0]
     text = f"{len(source.skipped)} image(s) cannot be used, e.g. {path}: {reason}"
-    mend = "data.on_bad_file=skip leaves them out" if skip else "mend or remove them, or data.on_bad_file=skip"
-    return [Finding("files", not skip, text, mend)]
+    mend = "data.on_bad_file=skip leaves them out" if skip else "mend or remove them, or leave them out"
+    return [Finding("files", not skip, text, mend, change="" if skip else "data.on_bad_file=skip")]
 
 
 def _measure(source: Source) -> tuple[pd.DataFrame, list[np.ndarray | None]]:
-    """Per image: hash of the pixels, mean of each band, share without measurement; and the perceptual coefficients."""
+    """Per image what is compared between parts, and the perceptual coefficients.
+
+    Columns pixels (their hash), flat, nodata_share, and for each band mean, low and high (2nd and 98th percentile).
+    """
     rows: list[dict[str, Any]] = []
     lows: list[np.ndarray | None] = []
     for row in range(len(source.manifest)):
@@ -129,8 +161,14 @@ def _measure(source: Source) -> tuple[pd.DataFrame, list[np.ndarray | None]]:
         count = measured.sum(axis=(0, 1))
         total = np.where(measured, pixels, 0.0).sum(axis=(0, 1))
         mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-        row_of = {f"mean_{band}": value for band, value in zip(source.bands, mean, strict=True)}
-        rows.append({"pixels": pixel_hash(raw), "flat": is_flat(raw), "nodata_share": 1.0 - measured.mean(), **row_of})
+        few = pixels[:: max(1, pixels.shape[0] // 64), :: max(1, pixels.shape[1] // 64)].reshape(-1, pixels.shape[2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a band without a measured pixel has no percentile
+            low, high = np.nanpercentile(few, [2, 98], axis=0)
+        row_of = {"pixels": pixel_hash(raw), "flat": is_flat(raw), "nodata_share": 1.0 - measured.mean()}
+        for name, values in (("mean", mean), ("low", low), ("high", high)):
+            row_of |= {f"{name}_{band}": value for band, value in zip(source.bands, values, strict=True)}
+        rows.append(row_of)
         lows.append(coefficients(raw, source.nodata))
     return pd.DataFrame(rows), lows
 
@@ -144,14 +182,16 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
     first = measured["pixels"].map({key: row for row, key in reversed(list(enumerate(measured["pixels"])))}).to_numpy()
     flat = measured["flat"].to_numpy(dtype=bool)
     if flat.any():
-        text = f"{int(flat.sum())} image(s) are of one colour all over, e.g. {path[np.flatnonzero(flat)[0]]}"
-        findings.append(Finding("flat images", False, text, "look at them; remove those that show nothing"))
+        rows = np.flatnonzero(flat)
+        text = f"{len(rows)} image(s) are of one colour all over, e.g. {path[rows[0]]}"
+        mend = "look at them; remove those that show nothing"
+        findings.append(Finding("flat images", False, text, mend, rows[:, None]))
     within = np.flatnonzero(again & ~flat & (part == part[first]))
     if len(within):
         text = f"{len(within)} image(s) are copies of another in their own part, e.g. {path[within[0]]}"
         pairs = np.stack([within, first[within]], axis=1)
         findings.append(
-            Finding("duplicates", False, text, "remove the copies; they count more than other images", pairs)
+            Finding("duplicates", False, text, "use each once; copies count more than others", pairs, SPLIT_FILE)
         )
 
     hashed = [row for row, low in enumerate(lows) if low is not None]
@@ -162,7 +202,10 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
     pairs = pairs[pixels[pairs[:, 0]] != pixels[pairs[:, 1]]]
     known = pd.notna(part[pairs]).all(axis=1)
     across = known & (part[pairs[:, 0]] != part[pairs[:, 1]])
-    table = "put copies into one group: a table with a column group, and data.split=group"
+    order = pd.Series(part).map({name: rank for rank, name in enumerate(PARTS)}).to_numpy(dtype=float)
+    swap = order[pairs[:, 0]] > order[pairs[:, 1]]  # the one of the lower part gives way
+    pairs[swap] = pairs[swap][:, ::-1]
+    table = "leave out those that give held-out images away, or put copies into one group (column group of a table)"
     for chosen, untrue, what, mend in (
         (across, True, "near copies of each other (turned, resized, compressed) in two parts", table),
         (label[pairs[:, 0]] != label[pairs[:, 1]], False, "near copies of each other in two classes", "look at them"),
@@ -171,17 +214,28 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
         if chosen.any():
             a, b = pairs[chosen][0]
             text = f"{int(chosen.sum())} pair(s) of images are {what}, e.g. {path[a]} and {path[b]}"
-            findings.append(Finding("near copies", untrue, text, mend, pairs[chosen]))
+            findings.append(Finding("near copies", untrue, text, mend, pairs[chosen], SPLIT_FILE if untrue else ""))
     return findings
 
 
 def _balance(manifest: pd.DataFrame) -> list[Finding]:
-    """Classes of very different size."""
+    """Classes of very different size, and classes with next to nothing held out."""
+    findings = []
     counts = manifest["class"].value_counts()
-    if counts.iloc[0] <= IMBALANCE * counts.iloc[-1]:
-        return []
-    text = f"class '{counts.index[0]}' has {counts.iloc[0]} images, '{counts.index[-1]}' only {counts.iloc[-1]}"
-    return [Finding("imbalance", False, text, "trust balanced accuracy and macro F1, not accuracy; add images")]
+    if counts.iloc[0] > IMBALANCE * counts.iloc[-1]:
+        text = f"class '{counts.index[0]}' has {counts.iloc[0]} images, '{counts.index[-1]}' only {counts.iloc[-1]}"
+        mend = "trust balanced accuracy and macro F1, not accuracy; add images, or draw rare classes more often"
+        findings.append(Finding("imbalance", False, text, mend, change="data.sampler=square_root"))
+    part = "test" if (manifest["part"] == "test").any() else "val"  # the one that the result is measured on
+    held = manifest[manifest["part"] == part].groupby("class").size()
+    few = held[held < FEW].sort_values()
+    if len(few):
+        text = f"{len(few)} class(es) have fewer than {FEW} images in {part}, e.g. '{few.index[0]}' {few.iloc[0]}: the "
+        text += "figures of such a class are all but chance"
+        rows = np.flatnonzero(manifest["class"].isin(few.index) & (manifest["part"] == part))
+        mend = "add images, or let every image be tested once, in folds"
+        findings.append(Finding("small classes", False, text, mend, rows[:, None], change="data.folds=5"))
+    return findings
 
 
 def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...]) -> list[Finding]:
@@ -189,18 +243,21 @@ def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...
     findings = []
     part = manifest["part"].to_numpy(dtype=object)
     train = measured[part == "train"]
+    units = "check units and sensors of the files (r2kit data stats), or how they divide (r2kit data split)"
     for name in ("val", "test"):
         held = measured[part == name]
         if len(held) < 10 or len(train) < 10:  # means of fewer images differ by chance
             continue
         for band in bands:
-            a, b = train[f"mean_{band}"], held[f"mean_{band}"]
-            spread = float(np.sqrt((a.var() + b.var()) / 2))
-            if abs(a.mean() - b.mean()) > DRIFT * max(spread, 1e-12):
-                text = f"band '{band}' is {b.mean():.4g} on average in {name} and {a.mean():.4g} in train"
-                findings.append(
-                    Finding("drift", False, text, "check units and sensors of the files, or how they divide")
-                )
+            apart = {what: _apart(train[f"{what}_{band}"], held[f"{what}_{band}"]) for what in ("mean", "low", "high")}
+            what = max(apart, key=lambda key: apart[key])
+            if apart["mean"] > DRIFT:
+                what = "mean"
+            if apart[what] > DRIFT:
+                a, b = train[f"{what}_{band}"].mean(), held[f"{what}_{band}"].mean()
+                words = {"mean": "is", "low": "goes down to", "high": "goes up to"}[what]
+                text = f"band '{band}' {words} {b:.4g} on average in {name} and {a:.4g} in train"
+                findings.append(Finding("drift", False, text, units))
         gap = held["nodata_share"].mean() - train["nodata_share"].mean()
         if abs(gap) > NODATA_DRIFT:
             text = f"{100 * held['nodata_share'].mean():.0f} % of the pixels in {name} have no measurement, and "
@@ -209,56 +266,8 @@ def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...
     return findings
 
 
-# -------------------------------------------------------------------------------------------------------- the page
-
-
-def _page(source: Source, verdict: Verdict) -> str:
-    """The self-contained page; every value is escaped, because class names and paths come from strangers."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("r2kit", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    manifest = verdict.manifest
-    counts = pd.crosstab(manifest["class"], manifest["part"].fillna("not used"))
-    examples = [
-        [[_example(source, manifest, int(row)) for row in pair] for pair in finding.pairs[:_SHOWN]]
-        for finding in verdict.findings
-    ]
-    return environment.get_template("check.html.j2").render(
-        name=source.name,
-        verdict=verdict,
-        images=len(manifest),
-        examples=examples,
-        columns=list(counts.columns),
-        counts=[(name, row.tolist()) for name, row in zip(counts.index, counts.to_numpy(), strict=True)],
-        bands=source.bands,
-    )
-
-
-def _example(source: Source, manifest: pd.DataFrame, row: int) -> dict[str, str]:
-    """A small picture with its name, class and part."""
-    image = manifest.iloc[row]
-    return {
-        "url": _thumbnail(source.read(row), source),
-        "caption": f"{image['id']} · {image['class']} · {image['part'] or 'not used'}",
-    }
-
-
-def _thumbnail(raw: np.ndarray, source: Source) -> str:
-    """A data URL; other values than 8-bit colours are stretched from their 2nd to their 98th percentile."""
-    shown = raw[..., :3] if raw.shape[2] >= 3 else np.repeat(raw[..., :1], 3, axis=2)
-    pixels = shown.astype(np.float64)
-    missing = missing_pixels(shown, source.nodata)
-    if missing is not None:
-        pixels[missing] = np.nan
-    if raw.dtype != np.uint8 and np.isfinite(pixels).any():
-        low, high = np.nanpercentile(np.where(np.isfinite(pixels), pixels, np.nan), [2, 98])
-        pixels = (pixels - low) / max(high - low, 1e-12) * 255.0
-    picture = Image.fromarray(np.clip(np.nan_to_num(pixels), 0, 255).astype(np.uint8))
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
+def _apart(a: pd.Series, b: pd.Series) -> float:
+    """Difference of the means of two samples in standard deviations within them; 0 without anything to compare."""
+    spread = float(np.sqrt((a.var() + b.var()) / 2))
+    difference = abs(a.mean() - b.mean()) / max(spread, 1e-12)
+    return float(difference) if np.isfinite(difference) else 0.0

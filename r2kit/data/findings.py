@@ -22,10 +22,15 @@ class Finding:
     text: str
     """What was found, one line."""
     mend: str
-    """The command or recipe key that mends it."""
+    """What mends it, in words."""
     pairs: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """(N, M) rows of the manifest to look at, M of them together; of a leak, first the one that should give way."""
+    change: str = ""
+    """The change of the recipe that mends it, as key.path=value items; `SPLIT_FILE` where the check writes the file."""
 
+
+SPLIT_FILE = "data.split_file={split}"
+"""Stands for the split that a check writes: the same parts without the images that should give way."""
 
 TargetCheck = Callable[[Source], list[Finding]]
 """Reads the targets of all rows and says what is wrong with them: one finding for each kind of fault, with the number

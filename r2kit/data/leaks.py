@@ -56,7 +56,7 @@ def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -
             first, second = (manifest["path"].iloc[row] for row in pairs[0])
             parts = [PARTS[rank[row]] for row in pairs[0]]
             text = f"{len(pairs)} image(s) {what} in two parts, e.g. {first} ({parts[0]}) and {second} ({parts[1]})"
-            found.append(Finding(kind, True, text, mend, pairs))
+            found.append(Finding(kind, True, text, mend, pairs, change="data.on_leak=drop"))
     return found
 
 

@@ -1,3 +1,4 @@
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def check(root: Path, *overrides: str) -> Verdict:
-    return check_data(load_recipe({"data": {"root": str(root), "workers": 1}}, overrides), root.parent / "out")
+    return check_data(load_recipe({"data": {"root": str(root), "workers": 1}}, overrides), root.parent / "out", "train")
 
 
 def kinds(verdict: Verdict, untrue: bool) -> list[str]:
@@ -57,9 +58,16 @@ def test_copies_across_parts_make_a_result_untrue(scenes: Path) -> None:
     assert sorted(verdict.manifest["id"].iloc[near.pairs[0]]) == ["test/a/turned.jpg", "train/a/05.png"]
     page = (scenes.parent / "out" / "check.html").read_text()
     assert "would not be true" in page
-    assert page.count("data:image/png;base64,") == 2 * 3
+    assert page.count("data:image/jpeg;base64,") == 2 * 3 + 2 * 4  # pairs, and four of each class
     assert "<b>/" not in page  # names of strangers are escaped
     assert "http" not in page.replace("http-equiv", "")
+
+    assert near.change == f"train {shlex.quote(f'data.split_file={scenes.parent}/out/split.csv')}"
+    mended = check(scenes, f"data.split_file={scenes.parent}/out/split.csv")
+    assert not mended.untrue
+    assert len(mended.manifest) - int(mended.manifest["part"].isna().sum()) == 56
+    leak = next(finding for finding in verdict.findings if finding.kind == "duplicates" and finding.untrue)
+    assert leak.change == "train data.on_leak=drop"
 
     dropped = check(scenes, "data.on_leak=drop")
     assert kinds(dropped, True) == ["near copies"]
@@ -75,7 +83,7 @@ def test_each_kind_of_target_has_its_own_checks(scenes: Path, monkeypatch: pytes
     monkeypatch.setitem(findings.TARGET_CHECKS, "class", (odd_rows,))
     verdict = check(scenes)
     assert [(finding.kind, finding.untrue) for finding in verdict.findings] == [("targets", True)]
-    assert (scenes.parent / "out" / "check.html").read_text().count("data:image/png;base64,") == 6
+    assert (scenes.parent / "out" / "check.html").read_text().count("data:image/jpeg;base64,") == 6 + 2 * 4
 
 
 def test_files_classes_and_splits(scenes: Path) -> None:
@@ -107,5 +115,30 @@ def test_drift_imbalance_and_missing_pixels(tmp_path: Path, write_tiff: Callable
     assert not verdict.untrue  # neighbours touch and do not overlap
     texts = " | ".join(finding.text for finding in verdict.findings)
     assert "class 'a' has 61 images, 'b' only 2" in texts
+    assert "1 class(es) have fewer than 5 images in test" not in texts  # 'b' has none there
     assert "band 'band1' is" in texts
     assert "% of the pixels in test have no measurement" in texts
+
+
+def test_a_range_that_drifts_around_one_mean(tmp_path: Path, write_tiff: Callable[..., Path]) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for i in range(40):
+        part, spread = ("train", 10) if i < 20 else ("test", 40)
+        pixels = (1000 + spread * rng.normal(size=(32, 32, 1))).astype(np.int16)
+        write_tiff(tmp_path / f"{i}.tif", pixels, transform=Affine(10, 0, 500_000 + 480 * i, 0, -10, 5_000_000))
+        rows.append({"path": f"{i}.tif", "label": "ab"[i % 2], "split": "val" if i < 2 else part})
+    pd.DataFrame(rows).to_csv(tmp_path / "index.csv", index=False)
+    drift = [finding.text for finding in check(tmp_path / "index.csv").findings if finding.kind == "drift"]
+    assert len(drift) == 1
+    assert drift[0].startswith("band 'band1' goes ")
+
+
+def test_what_has_a_command_and_what_has_none(scenes: Path) -> None:
+    for path in sorted((scenes / "test" / "a").iterdir())[2:]:
+        path.unlink()
+    (scenes / "train" / "a" / "03.png").write_bytes(b"")
+    found = {finding.kind: finding for finding in check(scenes).findings}
+    assert found["files"].change == "train data.on_bad_file=skip"
+    assert "'a' 2: the figures of such a class are all but chance" in found["small classes"].text
+    assert found["small classes"].pairs.shape == (2, 1)
+    assert "split" not in found
