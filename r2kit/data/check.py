@@ -121,7 +121,7 @@ def _mended(split: Split, findings: list[Finding], source: Source) -> Split | No
     if not giving_way:
         return None
     try:
-        return without_leaks(split, giving_way, source.manifest, source.classes)
+        return without_leaks(split, giving_way, source.manifest, source.strata)
     except DataError:
         return None
 
