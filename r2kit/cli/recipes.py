@@ -21,7 +21,11 @@ def recipe_check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and name every problem by file, line and key."""
     from r2kit.recipe_file import load_recipe
 
-    load_recipe(recipe, overrides or [])
+    checked = load_recipe(recipe, overrides or [])
+    if checked.augment.transforms:
+        from r2kit.data.custom import make_transforms  # only here: albumentations takes seconds to import
+
+        make_transforms(checked.augment.transforms)
     typer.echo(f"{recipe}: ok")
 
 

@@ -102,6 +102,10 @@ class DataModule(lightning.LightningDataModule):
                 classes=self.source.classes,
                 nodata=self.source.nodata,
             )
+            if self.augment.transforms:  # wrong ones stop here, not in a loader process
+                from r2kit.data.transforms import Augment
+
+                Augment.of(self.augment, self.preprocess, self.target)
         self._ready = True
 
     @property
@@ -208,18 +212,18 @@ class DataModule(lightning.LightningDataModule):
 
     def _samples(self, train: bool) -> Samples:
         """The images, with what they carry."""
-        preset = self.augment.preset if train and self.augment.preset != "none" else None
+        augment = self.augment if train and self.augment.varies else None
         if self.target == "mask":
             return MaskSamples(
                 cast(DenseSource, self.source),
                 self.labels,
                 self.preprocess,
-                preset,
+                augment,
                 self.seed,
                 train=train,
                 positions=None if self.source.classes == self.classes else self.positions,
             )
-        return Samples(self.source, self.labels, self.preprocess, preset, self.seed)
+        return Samples(self.source, self.labels, self.preprocess, augment, self.seed)
 
     def _batch_of_whole_images(self) -> int:
         """Images of a batch for evaluation: fewer where whole images are larger than the network's input."""

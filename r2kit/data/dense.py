@@ -19,6 +19,7 @@ from r2kit.data.preprocess import Preprocess, missing_pixels
 from r2kit.data.sources import DenseSource
 from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError
+from r2kit.recipe import AugmentSpec
 
 _TAG_AUGMENT, _TAG_WINDOW = 4, 7  # keep the random numbers of the uses of one seed apart
 
@@ -30,20 +31,21 @@ class MaskSamples(Samples):
         source: Where the images and masks are.
         labels: (N,) int64, one for each row of the manifest.
         preprocess: Size and normalisation.
-        augment: Name of the augmentation preset, or None.
+        augment: What varies training images, or None for evaluation.
         seed: The recipe's seed.
         train: Whether `resize='tile'` cuts a window or leaves the image whole.
         positions: (K,) the run's position of each class of the source; None where they are the same.
     """
 
     source: DenseSource
+    target = "mask"
 
     def __init__(
         self,
         source: DenseSource,
         labels: np.ndarray,
         preprocess: Preprocess,
-        augment: str | None,
+        augment: AugmentSpec | None,
         seed: int,
         *,
         train: bool,
@@ -61,11 +63,11 @@ class MaskSamples(Samples):
         raw = self.source.read(row)
         mask = known_mask(self.source.read_target(row).mask, raw, self.preprocess.nodata, self.positions)
         if self.window:
-            margin = 1.0 if self.preset is None else self.augmentation.margin
+            margin = 1.0 if self.augment is None else self.augmentation.margin
             side = tuple(round(length * margin) for length in self.preprocess.size)
             place = np.random.default_rng([self.seed, _TAG_WINDOW, epoch, row, *copy]).random(2)
             raw, mask = cut_window(raw, mask, (side[0], side[1]), place, self.preprocess)
-        if self.preset is not None:
+        if self.augment is not None:
             moved = self.augmentation.with_targets(raw, (self.seed, _TAG_AUGMENT, epoch, row, *copy), mask=mask)
             assert moved.mask is not None
             raw, mask = moved.image, moved.mask

@@ -20,6 +20,7 @@ from r2kit.data.preprocess import Preprocess
 from r2kit.data.sampling import draw_epoch
 from r2kit.data.sources import Source
 from r2kit.errors import DataError
+from r2kit.recipe import AugmentSpec
 
 if TYPE_CHECKING:
     from r2kit.data.transforms import Augment
@@ -113,17 +114,20 @@ class Samples(Dataset[dict[str, Any]]):
         source: Where the images are.
         labels: The label of each row of the manifest: (N,) int64, or (N, K) float32 for several labels per image.
         preprocess: Size and normalisation.
-        augment: Name of the augmentation preset, or None for evaluation.
+        augment: What varies training images, or None for evaluation.
         seed: The recipe's seed.
     """
 
+    target = "class"
+    """What follows the image through augmentation."""
+
     def __init__(
-        self, source: Source, labels: np.ndarray, preprocess: Preprocess, augment: str | None, seed: int
+        self, source: Source, labels: np.ndarray, preprocess: Preprocess, augment: AugmentSpec | None, seed: int
     ) -> None:
         self.source = source
         self.labels = labels
         self.preprocess = preprocess
-        self.preset = augment
+        self.augment = augment
         self.seed = seed
         self._augment: Augment | None = None  # made on first use: a loader process that starts afresh makes its own
 
@@ -134,7 +138,7 @@ class Samples(Dataset[dict[str, Any]]):
         """Return raw-unit `image` (C, h, w), `label` and `index` of a key of the sampler."""
         epoch, row, *copy = key
         raw = self.source.read(row)
-        if self.preset is not None:
+        if self.augment is not None:
             raw = self.augmentation(raw, (self.seed, _TAG_AUGMENT, epoch, row, *copy))
         try:
             image = self.preprocess.fit(raw)
@@ -144,11 +148,11 @@ class Samples(Dataset[dict[str, Any]]):
 
     @property
     def augmentation(self) -> Augment:
-        """The augmentation that the preset names."""
+        """What the recipe's augmentation does to images like these."""
         if self._augment is None:
             from r2kit.data.transforms import Augment  # albumentations takes seconds to import
 
-            self._augment = Augment(self.preset, nodata=self.preprocess.nodata)  # type: ignore[arg-type]
+            self._augment = Augment.of(self.augment or AugmentSpec(preset="none"), self.preprocess, self.target)
         return self._augment
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:

@@ -166,7 +166,7 @@ class Preprocess:
         if raw.ndim != 3 or raw.shape[2] != len(self.bands):
             found = raw.shape[2] if raw.ndim == 3 else f"shape {raw.shape} with no"
             raise DataError(f"image with {found} bands, expected {len(self.bands)} ({', '.join(self.bands)})")
-        raw = self._fill_nodata(raw)
+        raw = self.fill_missing(raw)
         if raw.dtype != np.uint8:
             raw = raw.astype(np.float32)
         if self.resize == "crop":
@@ -271,8 +271,8 @@ class Preprocess:
         std = torch.tensor([self.std[i] for i in shown], device=images.device)[:, None, None]
         return (images * std + mean).clamp(0.0, 1.0)
 
-    def _fill_nodata(self, raw: np.ndarray) -> np.ndarray:
-        """Replace pixels without a measurement by their band's mean."""
+    def fill_missing(self, raw: np.ndarray) -> np.ndarray:
+        """Replace pixels (H, W, C) without a measurement by their band's mean."""
         missing = missing_pixels(raw, self.nodata)
         if missing is None or not missing.any():
             return raw

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +23,12 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing albumentatio
 import albumentations as A
 from albumentations.augmentations.crops.transforms import BaseCrop
 
-from r2kit.data.preprocess import missing_pixels
+from r2kit.data.custom import Custom
+from r2kit.data.preprocess import Preprocess, missing_pixels
+from r2kit.recipe import AugmentSpec
 
 Preset = Literal["overhead", "natural", "none"]
+_TAG_LISTED = 2**31  # keeps the draws of the listed transforms apart from those of the preset
 _MIN_VISIBLE = 0.2  # a box of which less is left after a cut no longer shows what its label says
 
 
@@ -107,6 +111,48 @@ class BandLight(A.ImageOnlyTransform):
         return result if missing is None else np.where(missing, img, result)
 
 
+class Haze(A.ImageOnlyTransform):
+    """Lay a thin veil of uneven density over the image, in any pixel type and number of bands.
+
+    Each pixel becomes ``x * (1 - t) + veil * t``: what light from the ground and light scattered by the air add up to.
+    The veil is as bright as the band's mean plus two standard deviations in this image; t runs smoothly between four
+    draws at the corners. Pixels without a measurement keep their value.
+
+    Args:
+        density: Largest t, below 1.
+        nodata: Raw value that means "no measurement", if any.
+        p: Probability.
+    """
+
+    def __init__(self, density: float, nodata: float | None = None, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.density = density
+        self.nodata = nodata
+
+    def get_params(self) -> dict[str, Any]:
+        """Draw t at the corners."""
+        return {"corners": self.random_generator.uniform(0.0, self.density, (2, 2)).astype(np.float32)}
+
+    def apply(self, img: np.ndarray, corners: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the hazy image; albumentations passes its own entries in `params`."""
+        missing = missing_pixels(img, self.nodata)
+        seen = img if missing is None else np.where(missing, np.nan, img.astype(np.float64))
+        if np.isnan(seen).all(axis=(0, 1)).any():
+            return img  # a band without a single measurement has no brightness to speak of
+        veil = np.nanmean(seen, axis=(0, 1), dtype=np.float64) + 2.0 * np.nanstd(seen, axis=(0, 1), dtype=np.float64)
+        height, width = img.shape[:2]
+        y = np.linspace(0.0, 1.0, height, dtype=np.float32)[:, None]
+        x = np.linspace(0.0, 1.0, width, dtype=np.float32)[None]
+        top, bottom = corners[0, 0] * (1 - x) + corners[0, 1] * x, corners[1, 0] * (1 - x) + corners[1, 1] * x
+        t = (top * (1 - y) + bottom * y)[..., None]  # (H, W, 1)
+        result = img + t * (veil.astype(np.float32) - img)
+        if img.dtype.kind in "iu":
+            limits = np.iinfo(img.dtype)
+            result = np.clip(np.rint(result), limits.min, limits.max)
+        result = result.astype(img.dtype)
+        return result if missing is None else np.where(missing, img, result)
+
+
 @dataclass(frozen=True)
 class Augmented:
     """An augmented image with what belongs to its places."""
@@ -124,22 +170,38 @@ class Augmented:
 
 
 class Augment:
-    """A preset of transforms as a pure function of an image and a key.
+    """A preset of transforms, and then any listed ones, as a pure function of an image and a key.
 
     Args:
-        preset: `overhead`: all eight orientations, mild scale and light. `natural`: left-right flips, more scale and
-            light. `none`: images stay as they are.
+        preset: `overhead`: all eight orientations, mild scale, light and haze. `natural`: left-right flips, more scale
+            and light. `none`: images stay as they are.
         nodata: Raw value that means "no measurement", if any.
+        custom: What the recipe lists beyond the preset.
     """
 
-    def __init__(self, preset: Preset, nodata: float | None = None) -> None:
-        steps = _steps(preset, nodata)
-        self._pipeline = A.Compose(steps) if steps else None
-        boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
-        self._with_boxes = A.Compose(_steps(preset, nodata), bbox_params=boxes) if steps else None
-        windows = [step for step in steps if isinstance(step, RandomWindow)]
+    def __init__(self, preset: Preset, nodata: float | None = None, custom: Custom | None = None) -> None:
+        self._preset = _Stage(lambda: _steps(preset, nodata))
+        windows = [step for step in _steps(preset, nodata) if isinstance(step, RandomWindow)]
         self.margin = windows[0].area[0] ** -0.25 if windows else 1.0
         """Side of an image over the side of the tile it becomes, for which the tile is as often enlarged as reduced."""
+        self._custom = custom
+        self._listed = None if custom is None else _Stage(custom.build)
+
+    @classmethod
+    def of(cls, spec: AugmentSpec, preprocess: Preprocess, target: str = "class", fill_mask: int = 255) -> Augment:
+        """Build what a recipe asks for.
+
+        Args:
+            spec: The `augment` part of a recipe.
+            preprocess: Bands, units and statistics of the images.
+            target: What follows the image: `class`, `classes`, `mask` or `boxes`.
+            fill_mask: Value of a mask at places from outside the image; 255 is left out of losses and metrics.
+
+        Raises:
+            DataError: If a listed transform is wrong or does not suit these images.
+        """
+        custom = Custom(spec.transforms, preprocess, target, fill_mask) if spec.transforms else None
+        return cls(spec.preset, preprocess.nodata, custom)
 
     def __call__(self, raw: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         """Augment one image.
@@ -151,10 +213,7 @@ class Augment:
         Returns:
             (h, w, C), same type.
         """
-        if self._pipeline is None:
-            return raw
-        _seed(self._pipeline, key)
-        return self._pipeline(image=raw)["image"]
+        return self._run({"image": raw}, key)["image"]
 
     def with_targets(
         self,
@@ -177,29 +236,55 @@ class Augment:
         """
         if masks is not None and (boxes is None or len(masks) != len(boxes)):
             raise ValueError("masks: one for each box is needed")
-        if self._pipeline is None or self._with_boxes is None:
-            kept = None if boxes is None else np.arange(len(boxes))
-            return Augmented(raw, mask, None if boxes is None else boxes.astype(np.float32), kept, masks)
-        pipeline = self._pipeline if boxes is None else self._with_boxes
-        given: dict[str, Any] = {} if mask is None else {"mask": mask}
+        data: dict[str, Any] = {"image": raw}
+        if mask is not None:
+            data["mask"] = mask
         if boxes is not None:
-            given |= {"bboxes": np.asarray(boxes, np.float32).reshape(-1, 4), "position": np.arange(len(boxes))}
+            data |= {"bboxes": np.asarray(boxes, np.float32).reshape(-1, 4), "position": np.arange(len(boxes))}
         if masks is not None and len(masks):
-            given["masks"] = masks.view(np.uint8) if masks.dtype == bool else masks
-        _seed(pipeline, key)
-        result = pipeline(image=raw, **given)
+            data["masks"] = masks.view(np.uint8) if masks.dtype == bool else masks
+        result = self._run(data, key)
         kept = None if boxes is None else np.asarray(result["position"], dtype=np.int64)
         if masks is not None:
             shape = result["image"].shape[:2]
             moved = np.asarray(result["masks"]) if len(masks) else np.zeros((0, *shape), masks.dtype)
             masks = moved[kept].astype(masks.dtype)
-        return Augmented(
-            result["image"],
-            result.get("mask"),
-            None if boxes is None else np.asarray(result["bboxes"], np.float32).reshape(-1, 4),
-            kept,
-            masks,
-        )
+        places = None if boxes is None else np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
+        return Augmented(result["image"], result.get("mask"), places, kept, masks)
+
+    def _run(self, data: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
+        """The preset in raw units, then the listed transforms in the domain that they understand."""
+        data = self._preset.run(data, key)
+        if self._custom is None or self._listed is None:
+            return data
+        image, back = self._custom.enter(data["image"])
+        data = self._listed.run({**data, "image": image}, (*key, _TAG_LISTED))
+        return {**data, "image": back(data["image"])}
+
+
+class _Stage:
+    """Some transforms as a pipeline for images, and one for images with boxes.
+
+    Args:
+        build: Makes the transforms, new ones at each call: a pipeline writes into its transforms.
+    """
+
+    def __init__(self, build: Callable[[], list[Any]]) -> None:
+        self.plain = A.Compose(build())
+        self._moves = any(isinstance(step, A.DualTransform) for step in self.plain.transforms)
+        boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
+        self.boxed = A.Compose(build(), bbox_params=boxes) if self._moves else self.plain
+
+    def run(self, data: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
+        """Transform one image with all that is given, drawing from the key alone."""
+        if not self.plain.transforms:
+            return data
+        given = data if self._moves else {"image": data["image"]}  # no place changes
+        pipeline = self.boxed if "bboxes" in given else self.plain
+        words = np.random.SeedSequence(key).generate_state(3, np.uint64)
+        # One generator for the whole pipeline: set_random_seed would start every transform from the same state.
+        pipeline.set_random_state(np.random.default_rng(words[:2]), random.Random(int(words[2])))
+        return {**data, **pipeline(**given)}
 
 
 def _steps(preset: Preset, nodata: float | None) -> list[Any]:
@@ -208,6 +293,7 @@ def _steps(preset: Preset, nodata: float | None) -> list[Any]:
         return [
             RandomWindow(area=(0.7, 1.0), stretch=1.1, p=0.8),
             A.D4(p=1.0),
+            Haze(density=0.3, nodata=nodata, p=0.15),
             BandLight(brightness=0.1, contrast=0.1, balance=0.03, nodata=nodata, p=0.8),
         ]
     if preset == "natural":
@@ -217,10 +303,3 @@ def _steps(preset: Preset, nodata: float | None) -> list[Any]:
             BandLight(brightness=0.25, contrast=0.25, balance=0.05, nodata=nodata, p=0.8),
         ]
     return []
-
-
-def _seed(pipeline: A.Compose, key: tuple[int, ...]) -> None:
-    """Let all transforms of a pipeline draw from one generator that the key alone determines."""
-    words = np.random.SeedSequence(key).generate_state(3, np.uint64)
-    # One generator for the whole pipeline: set_random_seed would start every transform from the same state.
-    pipeline.set_random_state(np.random.default_rng(words[:2]), random.Random(int(words[2])))

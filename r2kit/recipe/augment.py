@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,11 @@ class AugmentSpec(Spec):
     """How training images are varied."""
 
     preset: Literal["overhead", "natural", "none"] = "overhead"
-    """`overhead`: all eight orientations, scale, light. `natural`: left-right only, scale, light. `none`."""
+    """`overhead`: all eight orientations, scale, light of each band, haze. `natural`: left-right only, scale, light.
+    `none`."""
+    transforms: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
+    """Transforms of albumentations after those of the preset, in order, each by its name with its own arguments, e.g.
+    [{name: GaussNoise, std_range: [0.01, 0.05], p: 0.3}]; with preset none, these alone."""
     mixup: Probability = 0.0
     """Share of the batches whose images are blended in pairs."""
     mixup_alpha: Positive = 0.2
@@ -27,8 +31,18 @@ class AugmentSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> AugmentSpec:
+        for position, values in enumerate(self.transforms):
+            if not isinstance(values.get("name"), str):
+                raise ValueError(
+                    f"transforms: entry {position} has no name; one is written {{name: GaussNoise, p: 0.3}}"
+                )
         if self.mixup + self.cutmix > 1.0:
             raise ValueError(
                 f"mixup: {self.mixup:g} and cutmix {self.cutmix:g} are shares of the batches and add up to more than 1"
             )
         return self
+
+    @property
+    def varies(self) -> bool:
+        """Whether single images are varied at all."""
+        return self.preset != "none" or bool(self.transforms)

@@ -345,7 +345,7 @@ def _batch(module: DataModule) -> tuple[list[Tile], str]:
         if index == 0 or mixed:
             tiles = plots.batch_tiles(batch, module, epoch=0, batch_index=index)
             words = f"Batch {index + 1} of the first epoch, with the labels that it teaches"
-            words += "; augmented" if spec.preset != "none" else "; not augmented"
+            words += "; augmented" if spec.varies else "; not augmented"
             if spec.mixup or spec.cutmix:
                 shares = f"MixUp in {100 * spec.mixup:.0f} % and CutMix in {100 * spec.cutmix:.0f} % of the batches"
                 words += f" and {'mixed' if mixed else 'not mixed'} ({shares})"

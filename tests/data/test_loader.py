@@ -11,7 +11,9 @@ from r2kit.data.folder import ImageFolder
 from r2kit.data.loader import EpochSampler, Samples, make_loader
 from r2kit.data.preprocess import Preprocess
 from r2kit.errors import DataError
+from r2kit.recipe import AugmentSpec
 
+AUGMENT = AugmentSpec()
 ROWS = np.arange(100, 123)
 
 
@@ -81,9 +83,11 @@ def preprocess(classes: tuple[str, ...] = ("a", "b"), size: int = 16) -> Preproc
     return Preprocess(("red", "green", "blue"), half, half, 255.0, (size, size), "squash", "bilinear", classes)
 
 
-def batches(source, workers: int, start_method: str | None, epochs: int = 2, train: bool = True) -> list[dict]:
+def batches(
+    source, workers: int, start_method: str | None, epochs: int = 2, train: bool = True, augment=AUGMENT
+) -> list[dict]:
     labels = source.manifest["label"].to_numpy()
-    samples = Samples(source, labels, preprocess(source.classes), "overhead" if train else None, seed=5)
+    samples = Samples(source, labels, preprocess(source.classes), augment if train else None, seed=5)
     order = EpochSampler(np.arange(0, 24), train=train, seed=5, batch_size=5)
     loader = make_loader(samples, order, batch_size=5, workers=workers, start_method=start_method)
     result = []
@@ -105,10 +109,13 @@ def test_a_batch_is_what_it_should_be(tiles: BlueMarble) -> None:
     torch.testing.assert_close(batch["image"][0], preprocess(tiles.classes).apply(tiles.read(5)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("workers", "start_method"), [(1, "fork"), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(("workers", "start_method"), [(1, "fork"), (2, "fork"), (1, "spawn"), (2, "forkserver")])
 def test_any_number_of_processes_gives_the_same_batches(tiles: BlueMarble, workers: int, start_method: str) -> None:
-    expected = batches(tiles, 0, None)
-    got = batches(tiles, workers, start_method)
+    noise = AugmentSpec(transforms=({"name": "GaussNoise"}, {"name": "CoarseDropout"}, {"name": "Affine", "p": 0.9}))
+    expected = batches(tiles, 0, None, augment=noise)
+    got = batches(tiles, workers, start_method, augment=noise)
+    images = torch.cat([batch["image"] for batch in expected])
+    assert len({image.numpy().tobytes() for image in images}) == len(images)  # each draw is another one
     assert len(got) == len(expected) == 10
     for one, other in zip(got, expected, strict=True):
         for key in ("image", "label", "index"):

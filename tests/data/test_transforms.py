@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from r2kit.data.transforms import Augment, BandLight, RandomWindow
+from r2kit.data.transforms import A, Augment, BandLight, Haze, RandomWindow
 
 
 def ramp(bands: int = 3, dtype=np.uint8) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_transforms_of_one_sample_draw_independently() -> None:
     flat = np.full((64, 64, 1), 100.0, dtype=np.float32)
     place, gain = [], []
     augment = Augment("natural")
-    augment._pipeline.transforms.pop(1)  # without flips
+    augment._preset.plain.transforms.pop(1)  # without flips
     for row in range(400):
         place.append(augment(raw, (0, 0, row)).shape[1])
         gain.append(float(augment(flat, (0, 0, row)).mean()))
@@ -75,8 +75,8 @@ def test_overhead_shows_all_eight_orientations_and_natural_only_flips() -> None:
     eight = orientations(raw)
     for preset, expected in (("overhead", set(eight)), ("natural", {raw.tobytes(), raw[:, ::-1].tobytes()})):
         augment = Augment(preset)
-        steps = augment._pipeline.transforms
-        augment._pipeline.transforms = [step for step in steps if not isinstance(step, RandomWindow | BandLight)]
+        steps = augment._preset.plain.transforms
+        augment._preset.plain.transforms = [step for step in steps if isinstance(step, A.D4 | A.HorizontalFlip)]
         seen = {augment(raw, (0, 0, i)).tobytes() for i in range(200)}
         assert seen == expected
 
@@ -147,6 +147,41 @@ def test_light_does_not_touch_missing_pixels() -> None:
     assert np.isfinite(result[1:]).all()
 
 
+def hazy(image: np.ndarray, seed: int = 0, **options) -> np.ndarray:
+    transform = Haze(**{"density": 0.4, **options})
+    transform.set_random_seed(seed)
+    return transform(image=image)["image"]
+
+
+def test_haze_is_a_smooth_veil_over_each_band() -> None:
+    raw = np.random.default_rng(0).uniform(-3.0, 5000.0, (40, 30, 4)).astype(np.float32)
+    veil = raw.mean(axis=(0, 1)) + 2 * raw.std(axis=(0, 1))
+    for seed in range(20):
+        t = (hazy(raw, seed).astype(np.float64) - raw) / (veil - raw)  # from x (1 - t) + veil t
+        assert -1e-3 < t.min() < t.max() < 0.4 + 1e-3
+        np.testing.assert_allclose(t, np.broadcast_to(t[..., :1], t.shape), atol=2e-3)  # one density for all bands
+        corners = t[[0, 0, -1, -1], [0, -1, 0, -1], 0]
+        np.testing.assert_allclose(t[0, :, 0], np.linspace(corners[0], corners[1], 30), atol=2e-3)
+        np.testing.assert_allclose(t[:, -1, 0], np.linspace(corners[1], corners[3], 40), atol=2e-3)
+    assert np.ptp([hazy(raw, seed).mean() for seed in range(20)]) > 100
+
+
+def test_haze_keeps_the_type_and_what_is_missing() -> None:
+    for dtype in (np.uint8, np.uint16, np.int16, np.float64):
+        raw = ramp(13, dtype)
+        exact = hazy(raw.astype(np.float32), 3)
+        result = hazy(raw, 3)
+        assert result.dtype == dtype
+        if dtype == np.uint8:
+            exact = exact.clip(0, 255)
+        np.testing.assert_allclose(result, exact, atol=0.51 if raw.dtype.kind in "iu" else 1e-3)
+    raw = np.full((8, 8, 2), 50, dtype=np.int16)
+    raw[:4, :, 0] = -999
+    np.testing.assert_array_equal(hazy(raw, 1, nodata=-999.0), raw)  # of one brightness: the veil is as bright as it
+    raw[..., 1] = -999
+    np.testing.assert_array_equal(hazy(raw, 1, nodata=-999.0), raw)
+
+
 # What belongs to places ----------------------------------------------------------------------------------------------
 
 
@@ -169,8 +204,8 @@ def test_masks_and_boxes_follow_the_image_to_the_pixel(preset) -> None:
         boxes, mask = rectangles(seed=seed)
         raw = np.repeat(mask[..., None], 3, axis=2).astype(np.float32)
         flat = Augment(preset)
-        for pipeline in (augment._pipeline, augment._with_boxes, flat._pipeline):
-            pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, BandLight)]
+        for pipeline in (augment._preset.plain, augment._preset.boxed, flat._preset.plain):
+            pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, BandLight | Haze)]
         got = augment.with_targets(
             raw, (1, seed), mask=mask, boxes=boxes, masks=np.stack([mask == i for i in (1, 2, 3)])
         )
