@@ -40,6 +40,30 @@ def choose_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+ORIENTATIONS = 8
+"""Ways to lay a square on the table: four quarter turns, each seen from both sides."""
+
+
+def orient(images: Tensor, number: int) -> Tensor:
+    """Turn, and from 4 on first transpose, the last two axes of a tensor.
+
+    Args:
+        images: (..., H, W).
+        number: 0 (as it is) to 7.
+
+    Returns:
+        (..., H, W), or (..., W, H) for half of the numbers.
+    """
+    turned = images.transpose(-2, -1) if number >= 4 else images
+    return turned.rot90(number % 4, (-2, -1))
+
+
+def restore(maps: Tensor, number: int) -> Tensor:
+    """Undo `orient`: bring maps of an oriented image back to the places of the image itself."""
+    turned = maps.rot90(-(number % 4), (-2, -1))
+    return turned.transpose(-2, -1) if number >= 4 else turned
+
+
 class Classifier:
     """A network on its device, from a batch of images to probabilities, always in float32 arithmetic.
 
@@ -47,9 +71,13 @@ class Classifier:
         model: (B, C, H, W) -> logits (B, K).
         device: Where to run, see `choose_device`.
         channels_last: Layout of the images in memory.
+        tta: Average the probabilities over the eight orientations of each image, at eight times the cost.
     """
 
-    def __init__(self, model: nn.Module, device: str = "auto", *, channels_last: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, device: str = "auto", *, channels_last: bool = True, tta: bool = False
+    ) -> None:
+        self.orientations = range(ORIENTATIONS if tta else 1)
         self.device = choose_device(device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.eval().to(self.device, torch.float32).to(memory_format=self.layout)
@@ -57,8 +85,12 @@ class Classifier:
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> NDArray[np.float64]:
         """Return the probabilities (B, K) of normalised images (B, C, H, W); rows sum to 1."""
-        logits = self.model(image.to(self.device, torch.float32).contiguous(memory_format=self.layout))
-        probs: NDArray[np.float64] = logits.double().softmax(1).cpu().numpy()
+        image = image.to(self.device, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number in self.orientations:
+            logits = self.model(orient(image, number).contiguous(memory_format=self.layout))
+            total = total + logits.double().softmax(1)
+        probs: NDArray[np.float64] = (total / len(self.orientations)).cpu().numpy()
         return probs
 
 

@@ -241,7 +241,8 @@ def caveats(result: Result) -> list[str]:
 
 def summary_lines(result: Result) -> list[str]:
     """Return the result as a few lines for a terminal."""
-    lines = [f"{result['split']} accuracy {with_interval(result['accuracy'])} on {images_of(result)}"]
+    averaged = ", averaged over eight orientations" if result.get("tta") else ""
+    lines = [f"{result['split']} accuracy {with_interval(result['accuracy'])} on {images_of(result)}{averaged}"]
     base = result["baselines"]
     if "majority" in base:
         lines.append(f"  majority class ({base['majority']['class']}) {with_interval(base['majority']['accuracy'])}")

@@ -12,6 +12,7 @@ from r2kit import result
 from r2kit.baselines import band_features
 from r2kit.errors import DataError, RunError
 from r2kit.evaluate import evaluate, summary_lines
+from r2kit.inference import Classifier
 from r2kit.run import Run
 from tests.conftest import make_images
 
@@ -102,6 +103,25 @@ def test_another_split_leaves_the_reported_result_alone(run):
     assert run.metrics_json.read_text() == before
     assert json.loads((run.path / "metrics_val.json").read_text()) == found
     assert any("chose the best epoch" in note for note in result.caveats(found))
+
+
+def test_averaging_over_orientations_is_recorded_and_has_files_of_its_own(run):
+    before, table = run.metrics_json.read_text(), run.predictions("test").read_bytes()
+    plain = evaluate(run)
+    found = evaluate(run, tta=True)
+    assert (plain["tta"], found["tta"]) == (False, True)
+    assert found["predictions"] == "predictions_test_tta.parquet"
+    assert json.loads((run.path / "metrics_test_tta.json").read_text()) == found
+    assert run.metrics_json.read_text() == before
+    assert run.predictions("test").read_bytes() == table
+    assert "averaged over eight orientations" in summary_lines(found)[0]
+    assert "orientations" not in summary_lines(plain)[0]
+    stored = pd.read_parquet(run.predictions("test_tta"))
+    data = run.datamodule()
+    data.setup()
+    images = torch.cat([batch["image"] for batch in data.test_dataloader()])
+    expected = Classifier(run.model(), "cpu", tta=True)(images)
+    np.testing.assert_allclose(result.probabilities(stored, run.preprocess.classes), expected, atol=1e-5)
 
 
 def test_another_folder_is_evaluated_with_the_runs_classes(run, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from r2kit.errors import DataError, ModelError
-from r2kit.inference import Classifier, choose_device, load_images
+from r2kit.inference import ORIENTATIONS, Classifier, choose_device, load_images, orient, restore
 
 
 def read(key):
@@ -49,6 +49,32 @@ def test_probabilities_are_the_softmax_in_evaluation_mode():
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-12)
     np.testing.assert_allclose(classify(image[2:3])[0], found[2], atol=1e-6)
+
+
+def test_eight_orientations_are_eight_images_and_each_comes_back():
+    images = torch.arange(24.0).view(1, 2, 3, 4)
+    seen = {
+        orient(images, number).reshape(-1).numpy().tobytes() + bytes(orient(images, number).shape)
+        for number in range(8)
+    }
+    assert len(seen) == ORIENTATIONS
+    for number in range(ORIENTATIONS):
+        assert torch.equal(restore(orient(images, number), number), images)
+
+
+def test_averaged_probabilities_do_not_depend_on_how_the_image_lies():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    image = torch.randn(2, 2, 9, 12)
+    plain, averaged = Classifier(model, "cpu"), Classifier(model, "cpu", tta=True)
+    expected = averaged(image)
+    np.testing.assert_allclose(expected.sum(1), 1.0, atol=1e-12)
+    np.testing.assert_allclose(expected, np.mean([plain(orient(image, k)) for k in range(8)], axis=0), atol=1e-7)
+    for number in range(1, ORIENTATIONS):
+        np.testing.assert_allclose(averaged(orient(image, number)), expected, atol=1e-6)
+        assert np.abs(plain(orient(image, number)) - plain(image)).max() > 1e-3
 
 
 def test_devices():

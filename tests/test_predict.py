@@ -38,6 +38,19 @@ def test_a_folder_gives_one_row_an_image_with_the_models_own_probabilities(finis
     assert table["class"].tolist() == [names[i] for i in probs.argmax(1)]
 
 
+def test_averaged_predictions_do_not_depend_on_how_a_file_lies(finished_run, images, tmp_path):
+    raw = read_image(sorted(images.rglob("*.png"))[0])
+    raw[:8] //= 8  # its upper third in shadow
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for turns in range(4):
+        Image.fromarray(np.rot90(raw, turns)).save(turned / f"{turns}.png")
+    plain, averaged = predict(finished_run, turned), predict(finished_run, turned, tta=True)
+    assert (plain.attrs["tta"], averaged.attrs["tta"]) == (False, True)
+    assert np.ptp(averaged.filter(like="prob_").to_numpy(), axis=0).max() < 1e-3  # what resizing 8 bits rounds
+    assert np.ptp(plain.filter(like="prob_").to_numpy(), axis=0).max() > 1e-2
+
+
 def test_nothing_depends_on_the_batch_size(finished_run, images):
     one, many = predict(finished_run, images, batch_size=1), predict(finished_run, images, batch_size=7)
     pd.testing.assert_frame_equal(one, many, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from r2kit.cli.options import BatchSize, Device, RunArgument, Workers
+from r2kit.cli.options import BatchSize, Device, RunArgument, Tta, Workers
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = "auto",
+    tta: Tta = False,
 ) -> None:
     """Measure a run on its held-out images, each number with an interval."""
     from r2kit.console import make_console, quiet_libraries
@@ -35,6 +36,7 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        tta=tta,
     )
     console = make_console()
     for line in summary_lines(metrics):
@@ -50,6 +52,7 @@ def predict(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = "auto",
+    tta: Tta = False,
 ) -> None:
     """Predict the class of image files and folders, as CSV and Parquet."""
     from r2kit.console import make_console, quiet_libraries
@@ -57,7 +60,7 @@ def predict(
     from r2kit.run import Run
 
     quiet_libraries()
-    found = run_predict(Run.open(run), paths, out=out, batch_size=batch_size, workers=workers, device=device)
+    found = run_predict(Run.open(run), paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
     console = make_console()
     for row in found.head(10).itertuples():
         console.print(f"{row.path}  {row[2]}  {row.confidence:.3f}")

@@ -20,6 +20,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
+    tta: bool = False,
 ) -> Result:
     """Run a run's network once over held-out images, store its predictions and the figures computed from them.
 
@@ -34,6 +35,8 @@ def evaluate(
         batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
         workers: Processes that read images.
         device: See `inference.choose_device`.
+        tta: Average the probabilities over the eight orientations of each image, at eight times the cost; the
+            result goes to files of its own.
 
     Returns:
         The contents of the written JSON file; `task` names the kind.
@@ -46,7 +49,7 @@ def evaluate(
     kind = run.recipe.task.kind
     if kind not in measures:
         raise unknown_kind(run, "evaluate")
-    return measures[kind](run, data=data, split=split, batch_size=batch_size, workers=workers, device=device)
+    return measures[kind](run, data=data, split=split, batch_size=batch_size, workers=workers, device=device, tta=tta)
 
 
 def summary_lines(found: Result) -> list[str]:

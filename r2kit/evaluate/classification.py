@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,33 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
+    tta: bool = False,
 ) -> Result:
     """Evaluate a run of a classification, see `r2kit.evaluate.evaluate`; figures as `result.compute` gives them."""
     target = own_target(run, split) if data is None else other_target(run, Path(data), split)
     preprocess, source = run.preprocess, target.source
     load = {"workers": workers, "batch_size": batch_size, "start_method": source.start_method}
-    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last)
+    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last, tta=tta)
     probs, features = _predict(source, target.rows, preprocess, classify, load)
     table = _table(source, target, preprocess.classes, probs)
 
     left_out = _add_baselines(table, run, target, features, load)
-    write_parquet(table, run.predictions(target.name))
-    stored = pd.read_parquet(run.predictions(target.name))
+    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
+    write_parquet(table, run.predictions(named.name))
+    stored = pd.read_parquet(run.predictions(named.name))
     result = compute(stored, preprocess.classes, split=target.name, seed=run.recipe.seed, group_word=target.group_word)
     result["task"] = "classification"
-    result["predictions"] = run.predictions(target.name).name
+    result["predictions"] = run.predictions(named.name).name
+    result["tta"] = tta
     result["calibrated"] = calibrate(
-        stored, _validation(run, target, classify, load), preprocess.classes, seed=run.recipe.seed
+        stored,
+        _validation(run, target, classify, load, "val_tta" if tta else "val"),
+        preprocess.classes,
+        seed=run.recipe.seed,
     )
     if left_out is not None:
         result["baselines_left_out"] = left_out
-    write_result(run, target, result)
+    write_result(run, named, result)
     return result
 
 
@@ -89,7 +95,7 @@ def _predict(
     return np.concatenate(probs), np.concatenate(features)
 
 
-def _validation(run: Run, target: Target, classify: Classifier, load: dict[str, Any]) -> pd.DataFrame | str:
+def _validation(run: Run, target: Target, classify: Classifier, load: dict[str, Any], name: str) -> pd.DataFrame | str:
     """The stored predictions of the run's validation images, made anew; or why there are none to calibrate on."""
     if target.name == "val":
         return "these are the validation images themselves; calibration is judged on others"
@@ -105,7 +111,7 @@ def _validation(run: Run, target: Target, classify: Classifier, load: dict[str, 
         if target.module is not None:
             raise
         return f"the run's validation images cannot be read ({error})"
-    file = run.predictions("val")
+    file = run.predictions(name)
     write_parquet(_table(source, own, run.preprocess.classes, probs), file)
     return pd.read_parquet(file)
 

@@ -22,6 +22,7 @@ def predict(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
+    tta: bool = False,
     on_bad_file: Literal["error", "skip"] = "error",
 ) -> pd.DataFrame:
     """Predict image files; what is predicted is the kind of task of the run.
@@ -35,6 +36,7 @@ def predict(
         batch_size: Images at once; the result does not depend on it beyond the rounding of float32.
         workers: Processes that read images.
         device: See `inference.choose_device`.
+        tta: Average the probabilities over the eight orientations of each image, at eight times the cost.
         on_bad_file: ``error`` writes what could be read and then raises; ``skip`` returns it. Either way
             ``frame.attrs["skipped"]`` of the returned table lists [path, reason] of each image left out.
 
@@ -49,5 +51,5 @@ def predict(
     if kind not in kinds:
         raise unknown_kind(run, "predict")
     return kinds[kind](
-        run, paths, out=out, batch_size=batch_size, workers=workers, device=device, on_bad_file=on_bad_file
+        run, paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta, on_bad_file=on_bad_file
     )

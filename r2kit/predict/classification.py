@@ -28,11 +28,12 @@ def predict(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
+    tta: bool = False,
     on_bad_file: Literal["error", "skip"] = "error",
 ) -> pd.DataFrame:
     """Predict the class of image files, see `r2kit.predict.predict`.
 
-    `out` ``NAME`` gives NAME.csv and NAME.parquet.
+    `out` ``NAME`` gives NAME.csv and NAME.parquet. ``frame.attrs["tta"]`` says whether orientations were averaged.
 
     Returns:
         One row an image in the order of the paths: ``path``, ``class``, ``confidence`` (the largest probability), and
@@ -40,7 +41,7 @@ def predict(
     """
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
     preprocess = run.preprocess
-    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last)
+    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last, tta=tta)
     order: list[int] = []
     probs: list[NDArray[np.float64]] = []
     skipped: list[tuple[str, str]] = []
@@ -51,6 +52,7 @@ def predict(
             order += batch.index
             probs.append(classify(batch.tensors[0]))
     table = _table([files[i] for i in order], preprocess.classes, probs)
+    table.attrs["tta"] = tta
     table.attrs["skipped"] = [list(item) for item in skipped]
 
     written = "" if out is None else _write(table, Path(out))
