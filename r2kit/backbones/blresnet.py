@@ -329,7 +329,8 @@ class BigLittleNet(StagedNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Map (B, in_chans, H, W) to the last map, (B, 2048, H/32, W/32)."""
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.forward_stem(x)
+        if self._last_stage > 0:  # else pruned to the first map, and the rest of the stem is gone
+            x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in (self.layer1, self.layer2, self.layer3):
                 x = checkpoint(stage, x)

@@ -150,7 +150,7 @@ def test_weights_for_three_bands_start_any_from_one_to_thirteen(name: str) -> No
     plain = without_memory(name)
     key = f"{plain.pretrained_cfg['first_conv']}.weight"
     kernels = torch.randn(plain.state_dict()[key].shape)
-    for bands in range(1, 14):
+    for bands in range(1, 14) if name == "resnest14d" else (1, 13):
         with torch.device("meta"):
             model = timm.create_model(name, in_chans=bands)
         state = {key: kernels}

@@ -134,6 +134,7 @@ def test_features_only_keeps_just_what_it_needs(last: int) -> None:
     tail, (again,) = pruned.forward_intermediates(x, indices=[last])
     assert torch.equal(again, out)
     assert torch.equal(tail, out)
+    assert torch.equal(pruned.forward_features(x), out)
     assert pruned.num_features == out.shape[1]
     assert not any(p.startswith(f"layer{n}.") for p, _ in pruned.named_parameters() for n in range(last + 1, 5))
     assert any(p.startswith(f"layer{last}.fusion.") for p, _ in pruned.named_parameters()) == (last == 3)
