@@ -111,7 +111,7 @@ SMALL_OF_EACH = {
     "res2net50d": {**SMALL, "stem_width": 8},
     "res2netplus50d": SMALL,
     "blres2net50": {"layers": (2, 2, 2, 2)},
-    "resnest50d_2s2x40d": {**SMALL, "stem_width": 8},
+    "resnest50d_2s2x40d": {"layers": (1, 2, 1, 1), "channels": (16, 32, 64, 128), "stem_width": 8},
 }
 
 
@@ -133,5 +133,6 @@ def test_the_default_compiler_trains(name: str) -> None:
     torch._dynamo.reset()
     (eager_loss, eager), (loss, grads) = found
     torch.testing.assert_close(loss, eager_loss, rtol=1e-4, atol=1e-4)
-    for grad, expected in zip(grads, eager, strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item() + 1e-7)
+    largest = max(grad.abs().max().item() for grad in eager)
+    for grad, expected in zip(grads, eager, strict=True):  # some are zero but for rounding, in front of a BN
+        torch.testing.assert_close(grad, expected, rtol=1e-2, atol=1e-4 * largest)
