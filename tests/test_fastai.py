@@ -319,16 +319,22 @@ def test_a_frozen_body_without_trained_norms_stands_wholly_still(fa, dls):
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
-@pytest.mark.parametrize("name", ["res2netplus50", pytest.param("blres2net50", marks=pytest.mark.slow)])
-def test_unet_learner_takes_a_step(fa, tmp_path, name):
+def mask_dls(fa, folder: Path, bands: int = 3):
+    """Four images of noise and the masks of their bright pixels; with another number of bands, as tensors."""
     rng = np.random.default_rng(0)
+    if bands != 3:
+        images = [torch.from_numpy(rng.random((bands, 64, 64), dtype=np.float32)) for _ in range(4)]
+        pairs = [(image, (image[0] > 0.5).long()) for image in images]
+        made = fa.DataLoaders.from_dsets(pairs, pairs, bs=2, num_workers=0, device=torch.device("cpu"))
+        made.c = 2
+        return made
     for index in range(4):
         pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-        Image.fromarray((pixels[..., 0] > 128).astype(np.uint8)).save(tmp_path / f"mask{index}.png")
-    dls = fa.SegmentationDataLoaders.from_label_func(
-        tmp_path,
-        [tmp_path / f"{index}.png" for index in range(4)],
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        Image.fromarray((pixels[..., 0] > 128).astype(np.uint8)).save(folder / f"mask{index}.png")
+    return fa.SegmentationDataLoaders.from_label_func(
+        folder,
+        [folder / f"{index}.png" for index in range(4)],
         lambda file: file.with_name(f"mask{file.name}"),
         codes=["low", "high"],
         valid_pct=0.5,
@@ -336,6 +342,11 @@ def test_unet_learner_takes_a_step(fa, tmp_path, name):
         num_workers=0,
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("name", ["res2netplus50", pytest.param("blres2net50", marks=pytest.mark.slow)])
+def test_unet_learner_takes_a_step(fa, tmp_path, name):
+    dls = mask_dls(fa, tmp_path)
     # A plain optimizer: this decoder has some 300 million parameters.
     learn = fa.unet_learner(dls, getattr(fa, name), pretrained=False, opt_func=fa.SGD)
     encoder = learn.model[0]
@@ -352,3 +363,27 @@ def test_unet_learner_takes_a_step(fa, tmp_path, name):
     with torch.no_grad():
         logits = learn.model.eval()(dls.valid.one_batch()[0])
     assert logits.shape == (2, 2, 64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the weights in .* want images with mean")  # has its test above
+def test_unet_learner_of_four_bands_fine_tunes_from_a_file(fa, tmp_path, file_of_three_bands):
+    dls = mask_dls(fa, tmp_path, bands=4)
+    learn = fa.unet_learner(
+        dls,
+        fa.resnest14d,
+        n_in=4,
+        n_out=2,
+        pretrained=file_of_three_bands,
+        loss_func=nn.CrossEntropyLoss(),
+        opt_func=fa.SGD,
+    )
+    source = create_model("resnest14d", pretrained=file_of_three_bands, num_classes=0).conv1[0].weight
+    kernels = learn.model[0].conv1[0].weight
+    torch.testing.assert_close(kernels.detach(), adapt_first_conv(source.detach(), torch.zeros_like(kernels))[0])
+    assert not kernels.requires_grad  # frozen until the second half of fine_tune
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(1, 1e-3)
+    assert kernels.requires_grad
+    assert len(set(learn.opt.hypers.itemgot("lr"))) == 3
+    assert learn.recorder.losses[-1].isfinite()
