@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+
+_Step = TypeVar("_Step")
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -39,6 +44,28 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def progress(steps: Sequence[_Step], label: str, console: Console, every: float = 30.0) -> Iterator[_Step]:
+    """Yield steps, with a bar and the time left on a terminal, and elsewhere with a line now and then.
+
+    Args:
+        steps: What is worked through.
+        label: What a person calls the whole.
+        console: Where to print.
+        every: Seconds between two lines, where there is no terminal.
+    """
+    if console.is_terminal and not console.quiet:
+        yield from track(steps, description=label, console=console, transient=True)
+        return
+    started = said = time.perf_counter()
+    for number, step in enumerate(steps):
+        now = time.perf_counter()
+        if number and now - said >= every:
+            left = (now - started) / number * (len(steps) - number)
+            console.print(f"{label}: {100 * number / len(steps):.0f} %, {duration(left)} left")
+            said = now
+        yield step
 
 
 def quiet_libraries() -> None:

@@ -24,7 +24,7 @@ LEVELS = [
     {"run"},
     {"inference", "result"},
     {"baselines", "callbacks", "benchmark"},
-    {"plots", "explain", "evaluate", "predict", "doctor"},
+    {"plots", "explain", "evaluate", "predict", "maps", "doctor"},
     {"report"},
     {"train"},
     {"fastai"},

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from r2kit.cli.options import BatchSize, Device, RunArgument, Tta, Workers
+from r2kit.errors import R2kitError
 
 
 def evaluate(
@@ -45,23 +46,62 @@ def evaluate(
 
 def predict(
     run: RunArgument,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files and folders.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files, folders; rasters for a map.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Table to write; a CSV and a Parquet file of this name are made.")
+        Path,
+        typer.Option("--out", "-o", help="Table to write (a CSV and a Parquet file), or MAP.tif, or a folder of maps."),
     ] = Path("predictions.csv"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = "auto",
     tta: Tta = False,
+    as_map: Annotated[
+        bool, typer.Option("--map", help="Map whole scenes; follows from an --out ending in .tif.")
+    ] = False,
+    cell: Annotated[
+        int | None, typer.Option(help="Map of a classification: pixels of the scene for each cell; default a tile.")
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Map of a segmentation: side of a tile in pixels; default as in training.")
+    ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Map of a segmentation: share of a tile that neighbours share; default 0.25.")
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Map: a band for each class as well.")] = False,
+    vector: Annotated[str | None, typer.Option(help="Map: polygons beside it, geojson or gpkg.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Map: replace one made with other settings.")] = False,
 ) -> None:
-    """Predict the class of image files and folders, as CSV and Parquet."""
+    """Predict the class of image files as a table, or map whole scenes of any size as GeoTIFF."""
     from r2kit.console import make_console, quiet_libraries
-    from r2kit.predict import predict as run_predict
     from r2kit.run import Run
 
     quiet_libraries()
-    found = run_predict(Run.open(run), paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
-    console = make_console()
+    opened, console = Run.open(run), make_console()
+    of_maps = {"--cell": cell, "--tile": tile, "--overlap": overlap, "--vector": vector}
+    given = [name for name, value in of_maps.items() if value is not None]
+    given += ["--probabilities"] * probabilities + ["--overwrite"] * overwrite
+    if as_map or out.suffix.lower() in (".tif", ".tiff"):
+        if tta:
+            raise R2kitError("--tta: is for tables of image files; a map averages by its overlap")
+        from r2kit.maps import OVERLAP, MapSettings, predict_maps
+
+        settings = MapSettings(
+            tile=None if tile is None else (tile, tile),
+            overlap=OVERLAP if overlap is None else overlap,
+            cell=cell,
+            probabilities=probabilities,
+            workers=workers,
+            device=device,
+            vector=vector,
+            overwrite=overwrite,
+        )
+        predict_maps(opened, paths, out, settings, console=console)
+        return
+    if given:
+        raise R2kitError(f"{given[0]}: is for maps; give an --out that ends in .tif, or --map with a folder")
+    from r2kit.predict import predict as run_predict
+
+    found = run_predict(opened, paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
     for row in found.head(10).itertuples():
         console.print(f"{row.path}  {row[2]}  {row.confidence:.3f}")
     if len(found) > 10:

@@ -142,6 +142,16 @@ class DataModule(lightning.LightningDataModule):
             shares[part] = count / max(count.sum(), 1.0)
         return pd.DataFrame(shares, index=pd.Index(self.classes, name="class"))
 
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(H, W) of the training images as they are read, in pixels; the most frequent where they differ."""
+        rows = self.split.train if len(self.split.train) else np.concatenate([self.split.val, self.split.test])
+        if self.source.contents is None:
+            height, width = self.source.read(int(rows[0])).shape[:2]
+            return height, width
+        sizes = self.source.contents.iloc[rows][["height", "width"]].value_counts(sort=True)
+        return tuple(int(side) for side in sizes.index[0])  # type: ignore[return-value]
+
     def band_statistics(self) -> pd.DataFrame:
         """Mean, std, min and max of each band over the training images, in raw units; measured once.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import rasterio
@@ -281,15 +281,34 @@ def open_raster(path: Path, driver: str | None = None) -> Iterator[Any]:
     Yields:
         The open rasterio dataset.
     """
-    # Without the listing, opening a file does not cost time in proportion to the number of its neighbours.
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
-        with _open_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(path, driver=driver) if driver else rasterio.open(path)
+    with _raster_environment():
+        dataset = keep_raster_open(path, driver)
         try:
             yield dataset
         finally:
             dataset.close()
+
+
+def keep_raster_open(
+    path: Path, driver: str | None = None, mode: Literal["r", "r+", "w"] = "r", profile: dict[str, Any] | None = None
+) -> Any:
+    """Open a raster without that warning; the caller closes it. It belongs to the thread that opened it.
+
+    Args:
+        path: The file.
+        driver: GDAL driver to insist on; None lets GDAL choose.
+        mode: Read, change, or make anew.
+        profile: What a new file holds, as rasterio takes it.
+    """
+    given = {**({"driver": driver} if driver else {}), **(profile or {})}
+    with _raster_environment(), _open_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, mode, **given)
+
+
+def _raster_environment() -> Any:
+    """Without the listing, opening a file does not cost time in proportion to the number of its neighbours."""
+    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
 
 
 def describe_raster(dataset: Any, path: Path) -> tuple[ImageInfo, list[int], dict[int, Any] | None]:

@@ -88,7 +88,11 @@ def finetune(
             state="training",
             versions=installed_versions(),
             device=job.device_name,
-            data={"source": job.data.source.name, "fingerprint": job.data.source.fingerprint},
+            data={
+                "source": job.data.source.name,
+                "fingerprint": job.data.source.fingerprint,
+                "image_size": job.data.original_size,
+            },
             split=job.data.split.kind,
             model={"parameters": job.parameters, "macs": job.macs, "train_images_per_second": round(job.speed, 1)},
         )

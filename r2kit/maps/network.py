@@ -1,0 +1,108 @@
+"""A run's network as a function of tiles, the same bits for a tile whatever stands beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from r2kit.data.preprocess import Preprocess, centre_window
+from r2kit.errors import ModelError, RunError
+from r2kit.inference import choose_device
+from r2kit.models import memory_format
+from r2kit.run import Run
+
+AT_ONCE = 8
+"""Tiles in every forward pass, always: libraries round differently for batches of different sizes, and a map should not
+depend on how many tiles were left for the last one."""
+
+_MULTIPLE = 32  # the sides of an image that every network of the family takes
+
+
+class TileNetwork:
+    """From raw tiles to probabilities.
+
+    Args:
+        run: A finished run of a classification or a segmentation.
+        tile: (H, W) of a tile of the scene in pixels; None takes the ground that the run's images show.
+        device: See `inference.choose_device`.
+
+    Raises:
+        RunError: If the run is of another task.
+        ModelError: If a classification is given another tile.
+    """
+
+    def __init__(self, run: Run, tile: tuple[int, int] | None = None, device: str = "auto") -> None:
+        kind = run.recipe.task.kind
+        if kind not in ("classification", "segmentation"):
+            raise RunError(f"{run.path}: a map is made by a classification or a segmentation, not by a {kind}")
+        self.dense = kind == "segmentation"
+        """Whether every pixel gets a class, or the tile one."""
+        self.classes = run.preprocess.classes
+        own = ground_tile(run.preprocess, _training_size(run))
+        if tile is not None and tile != own and not self.dense:
+            raise ModelError(
+                f"--tile: a classification sees tiles of {own[0]}x{own[1]} pixels as its training images; for a finer "
+                "map give --cell"
+            )
+        self.tile = tile or own
+        """(H, W) of a tile of the scene in pixels."""
+        size = run.preprocess.size
+        if self.tile != own:
+            size = (_rounded(self.tile[0] * size[0] / own[0]), _rounded(self.tile[1] * size[1] / own[1]))
+        self._preprocess = dataclasses.replace(run.preprocess, size=size, resize="squash")
+        self.device = choose_device(device)
+        self._layout = memory_format(run.recipe.train.channels_last)
+        self._model = run.model().eval().to(self.device, torch.float32).to(memory_format=self._layout)
+
+    def prepare(self, raw: NDArray[np.generic]) -> Tensor:
+        """Return the network's input (C, h, w) of a raw tile (H, W, C)."""
+        return self._preprocess.apply(raw)
+
+    @torch.inference_mode()
+    def __call__(self, tiles: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+        """Return probabilities for each tile: (K,), or (K, H, W) where every pixel gets a class."""
+        found: list[NDArray[np.float32]] = []
+        for first in range(0, len(tiles), AT_ONCE):
+            some = list(tiles[first : first + AT_ONCE])
+            batch = torch.zeros(AT_ONCE, *some[0].shape)
+            batch[: len(some)] = torch.stack(some)
+            logits = self._model(batch.to(self.device).contiguous(memory_format=self._layout)).float()
+            if self.dense and tuple(logits.shape[-2:]) != self.tile:
+                logits = F.interpolate(logits, self.tile, mode="bilinear", align_corners=False)
+            found += list(logits.softmax(1)[: len(some)].cpu().numpy())
+        return found
+
+
+def ground_tile(preprocess: Preprocess, image: tuple[int, int]) -> tuple[int, int]:
+    """Return (H, W) of the piece of an original image that reaches the network, in the image's pixels.
+
+    Args:
+        preprocess: How images reach the network's size.
+        image: (H, W) of the original images.
+    """
+    if preprocess.resize == "squash":
+        return image
+    if preprocess.resize == "crop":
+        rows, columns = centre_window(image, preprocess.size)
+        return rows.stop - rows.start, columns.stop - columns.start
+    ratio = min(preprocess.size[0] / image[0], preprocess.size[1] / image[1])
+    return round(preprocess.size[0] / ratio), round(preprocess.size[1] / ratio)
+
+
+def _training_size(run: Run) -> tuple[int, int]:
+    """(H, W) of the run's training images, in pixels."""
+    found = run.info.get("data", {}).get("image_size")
+    if found is None:
+        raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
+    return int(found[0]), int(found[1])
+
+
+def _rounded(length: float) -> int:
+    """The nearest side that every network takes."""
+    return max(_MULTIPLE, round(length / _MULTIPLE) * _MULTIPLE)

@@ -1,0 +1,92 @@
+"""Polygons of a finished map, in longitude and latitude: GeoJSON, or GeoPackage (extra ``gis``)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import rasterio
+import rasterio.features
+import rasterio.warp
+
+from r2kit.data.reader import open_raster
+from r2kit.errors import DataError
+from r2kit.maps.writer import class_names
+
+_DEGREES = "EPSG:4326"  # RFC 7946 knows no other for GeoJSON
+_CHUNK = 5000  # polygons held at once for a GeoPackage
+
+
+def write_polygons(map_file: Path, out: Path) -> Path:
+    """Write one polygon for each connected area of one class.
+
+    Args:
+        map_file: A finished map with a coordinate system.
+        out: File ending in .geojson or .gpkg. Its polygons have the properties `class` and `value`.
+
+    Raises:
+        DataError: If the file cannot be written, or there is nothing to write into a GeoPackage.
+    """
+    draft = out.with_name(f".{out.stem}.part{out.suffix}")
+    try:
+        if out.suffix == ".geojson":
+            _write_geojson(map_file, draft)
+        else:
+            _write_geopackage(map_file, draft)
+        os.replace(draft, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
+    return out
+
+
+def polygons(map_file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield (geometry in degrees, pixel value) of each connected area of one class, as GeoJSON geometries."""
+    with open_raster(map_file) as dataset:
+        # A band, not an array: GDAL reads it line by line.
+        for geometry, value in rasterio.features.shapes(rasterio.band(dataset, 1), transform=dataset.transform):
+            if int(value) != dataset.nodata:
+                yield rasterio.warp.transform_geom(dataset.crs, _DEGREES, geometry, precision=7), int(value)
+
+
+def _write_geojson(map_file: Path, draft: Path) -> None:
+    """Write a FeatureCollection, one feature a line, without holding them all."""
+    names = class_names(map_file)
+    with draft.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        separator = "\n"
+        for geometry, value in polygons(map_file):
+            feature = {"type": "Feature", "properties": {"class": names[value], "value": value}, "geometry": geometry}
+            file.write(separator + json.dumps(feature))
+            separator = ",\n"
+        file.write("\n]}\n")
+
+
+def _write_geopackage(map_file: Path, draft: Path) -> None:
+    """Write a layer named ``map``, chunk by chunk."""
+    import numpy as np
+    import shapely
+    from pyogrio.raw import write
+    from shapely.geometry import shape
+
+    names = class_names(map_file)
+    draft.unlink(missing_ok=True)
+    found, first = polygons(map_file), True
+    while chunk := list(islice(found, _CHUNK)):
+        write(
+            draft,
+            geometry=np.array([shapely.to_wkb(shape(geometry)) for geometry, _ in chunk], dtype=object),
+            field_data=[np.array([names[v] for _, v in chunk], dtype=object), np.array([v for _, v in chunk])],
+            fields=np.array(["class", "value"]),
+            layer="map",
+            driver="GPKG",
+            geometry_type="Polygon",
+            crs=_DEGREES,
+            append=not first,
+        )
+        first = False
+    if first:
+        raise DataError(f"{map_file}: holds no class anywhere, so there is no polygon to write")

@@ -1,0 +1,216 @@
+"""Maps of whole scenes: what they depend on and what not, what a GIS finds in them, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+
+from r2kit import cli
+from r2kit.data.reader import open_raster
+from r2kit.errors import DataError, ModelError
+from r2kit.maps import MapSettings, engine, network, predict_map, predict_maps
+from r2kit.maps.network import TileNetwork, ground_tile
+from r2kit.maps.writer import MapWriter, class_names
+from tests.maps.conftest import write_raster
+
+
+def read(path):
+    with rasterio.open(path) as file:
+        return file.read()
+
+
+def test_a_segmentation_map_is_where_the_scene_is(finished_run, make_scene, pixel_network, tmp_path):
+    pixel_network((64, 64))
+    scene = make_scene(150, 200, nodata=0)
+    path = predict_map(finished_run, scene, tmp_path / "map.tif")
+    with rasterio.open(path) as file, rasterio.open(scene) as source:
+        assert (file.height, file.width) == (150, 200)
+        assert file.crs == source.crs
+        assert file.transform == source.transform
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert file.nodata == 255
+        assert file.descriptions == ("class", "confidence, %")
+        assert file.scales == (1.0, 0.01)
+        classes, confidence = file.read()
+    assert class_names(path) == ("field", "sand", "water")
+    assert (classes[10:50, 20:90] == 255).all()
+    assert (confidence[10:50, 20:90] == 255).all()
+    kind = (np.arange(150)[:, None] // 40 + np.arange(200)[None, :] // 56) % 3
+    known = classes != 255
+    assert known.sum() == 150 * 200 - 40 * 70
+    assert (classes == kind)[known].mean() > 0.8  # the blur mixes the classes along their borders
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.tif"]
+
+
+def test_a_map_depends_neither_on_workers_nor_on_memory_nor_on_an_interruption(
+    finished_run, make_scene, pixel_network, tmp_path, monkeypatch
+):
+    pixel_network((48, 48))
+    scene = make_scene(170, 210)
+    whole = read(predict_map(finished_run, scene, tmp_path / "whole.tif", MapSettings(workers=0, probabilities=True)))
+    many = predict_map(finished_run, scene, tmp_path / "many.tif", MapSettings(workers=3, probabilities=True))
+    np.testing.assert_array_equal(read(many), whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_BUDGET", 1)  # as many parts as there can be
+        parts = predict_map(finished_run, scene, tmp_path / "parts.tif", MapSettings(probabilities=True))
+    np.testing.assert_array_equal(read(parts), whole)
+
+    original, count = MapWriter.write, 0
+
+    def stop(self, name, pieces):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        original(self, name, pieces)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MapWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict_map(finished_run, scene, tmp_path / "broken.tif", MapSettings(probabilities=True))
+    assert not (tmp_path / "broken.tif").exists()
+    done = json.loads((tmp_path / ".broken.tif.done.json").read_text())["done"]
+    assert len(done) == 2
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            MapWriter, "write", lambda self, name, pieces: (seen.append(name), original(self, name, pieces))
+        )
+        again = predict_map(finished_run, scene, tmp_path / "broken.tif", MapSettings(probabilities=True))
+    assert not set(seen) & set(done)
+    np.testing.assert_array_equal(read(again), whole)
+
+
+def test_the_network_gives_a_tile_the_same_bits_in_any_company(finished_run):
+    import torch
+
+    net = TileNetwork(finished_run)
+    tiles = list(torch.randn(11, 3, 32, 32))
+    together = net(tiles)
+    for count in (1, 3, 8):
+        apart = [row for first in range(0, 11, count) for row in net(tiles[first : first + count])]
+        assert all(np.array_equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_a_classification_gives_a_grid_map(finished_run, make_scene, tmp_path):
+    scene = make_scene(150, 200, nodata=0)
+    path = predict_map(finished_run, scene, tmp_path / "grid.tif", MapSettings(workers=0, probabilities=True))
+    with rasterio.open(path) as file:
+        assert (file.height, file.width) == (7, 9)  # cells of 24 pixels, the size of the training images
+        assert file.transform.a == 240.0
+        assert file.transform.c == 500_000
+        pixels = file.read()
+        assert file.descriptions[2] == "probability of field, %"
+    assert pixels[0, 1, 2] == 255  # in the hole
+    assert set(np.unique(pixels[0])) <= {0, 1, 2, 255}
+    known = pixels[0] != 255
+    assert np.abs(pixels[2:, known].astype(int).sum(0) - 100).max() <= 2
+    np.testing.assert_array_equal(pixels[1][known], pixels[2:].max(0)[known])
+    net, data = TileNetwork(finished_run), rasterio.open(scene)
+    raw = data.read().transpose(1, 2, 0)[72:96, 96:120]
+    assert pixels[0, 3, 4] == net([net.prepare(raw)])[0].argmax()
+    data.close()
+    fine = predict_map(finished_run, scene, tmp_path / "fine.tif", MapSettings(cell=8))
+    with rasterio.open(fine) as file:
+        assert (file.height, file.width) == (19, 25)
+        assert file.transform.a == 80.0
+        # A cell of the coarse map and the middle one of its nine fine cells look at the same tile.
+        np.testing.assert_array_equal(file.read(1)[1::3, 1::3][:6, :8], pixels[0][:6, :8])
+
+
+def test_seams_vanish_with_the_overlap(finished_run, make_scene, pixel_network, tmp_path):
+    scene = make_scene(192, 192)
+    pixel_network((192, 192))
+    whole = read(predict_map(finished_run, scene, tmp_path / "one.tif"))[1].astype(int)
+    pixel_network((48, 48))
+    errors = []
+    for overlap in (0.0, 0.25, 0.5):
+        made = predict_map(finished_run, scene, tmp_path / f"{overlap}.tif", MapSettings(overlap=overlap))
+        errors.append(np.abs(read(made)[1].astype(int) - whole).mean())
+    assert errors[0] > 2 * errors[1] > 2 * errors[2]
+
+
+def test_polygons_are_in_degrees(finished_run, make_scene, pixel_network, tmp_path):
+    pixel_network((64, 64))
+    scene = make_scene(150, 200, nodata=0)
+    predict_map(finished_run, scene, tmp_path / "map.tif", MapSettings(vector="geojson"))
+    found = json.loads((tmp_path / "map.geojson").read_text())
+    assert {feature["properties"]["class"] for feature in found["features"]} == {"field", "sand", "water"}
+    lon, lat = found["features"][0]["geometry"]["coordinates"][0][0]
+    assert 14.99 < lon < 15.04  # the middle meridian of zone 33, and 41.5 degrees north
+    assert 41.5 < lat < 41.6
+
+    pyogrio = pytest.importorskip("pyogrio")
+    predict_map(finished_run, scene, tmp_path / "map2.tif", MapSettings(vector="gpkg"))
+    info = pyogrio.read_info(tmp_path / "map2.gpkg")
+    assert info["features"] == len(found["features"])
+    assert info["crs"] == "EPSG:4326"
+
+
+def test_many_scenes_and_those_that_are_done(finished_run, make_scene, tmp_path, monkeypatch, capsys):
+    scenes = []
+    for index in range(3):
+        scenes.append(tmp_path / f"s{index}.tif")
+        scenes[-1].write_bytes(make_scene(60 + index, 60).read_bytes())
+    scenes[1].write_bytes(scenes[1].read_bytes()[:300])
+    with pytest.raises(DataError, match="1 of 3 scenes have no map"):
+        predict_maps(finished_run, scenes, tmp_path / "maps")
+    assert sorted(p.name for p in (tmp_path / "maps").glob("[!.]*")) == ["s0.map.tif", "s2.map.tif"]
+    stamp = (tmp_path / "maps" / "s0.map.tif").stat().st_mtime_ns
+    cli_arguments = ["predict", str(finished_run.path), str(scenes[0]), str(scenes[2]), "--map", "-o"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*cli_arguments, str(tmp_path / "maps")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert (tmp_path / "maps" / "s0.map.tif").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match="other settings; give --overwrite"):
+        predict_maps(finished_run, scenes[:1], tmp_path / "maps", MapSettings(cell=12))
+    predict_maps(finished_run, scenes[:1], tmp_path / "maps", MapSettings(cell=12, overwrite=True))
+    assert (tmp_path / "maps" / "s0.map.tif").stat().st_mtime_ns != stamp
+
+
+def test_what_cannot_be_mapped_is_refused(finished_run, make_scene, tmp_path, capsys):
+    scene = make_scene(60, 60)
+    other = write_raster(tmp_path / "grey.tif", np.zeros((9, 9, 1), np.uint8))
+    wide = write_raster(tmp_path / "wide.tif", np.zeros((9, 9, 3), np.uint16), photometric="RGB")
+    for path, message in (
+        (tmp_path / "scen.tif", "no such file"),
+        (other, "no band 'red'.*the scene has band1"),
+        (wide, "another pixel type"),
+    ):
+        with pytest.raises(DataError, match=message):
+            predict_map(finished_run, path, tmp_path / "map.tif")
+    with pytest.raises(DataError, match="2 scenes; give a folder"):
+        predict_maps(finished_run, [scene, scene], tmp_path / "map.tif")
+    with pytest.raises(DataError, match=r"two scenes would become scene\.map\.tif"):
+        predict_maps(finished_run, [scene, scene], tmp_path / "maps")
+    with pytest.raises(ModelError, match="give --cell"):
+        predict_map(finished_run, scene, tmp_path / "map.tif", MapSettings(tile=(64, 64)))
+    for options, message in (({"overlap": 0.9}, "0 to 0.75"), ({"cell": 0}, "one pixel"), ({"vector": "shp"}, "gpkg")):
+        with pytest.raises(DataError, match=message):
+            MapSettings(**options)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", str(finished_run.path), str(scene), "--cell", "8", "-o", str(tmp_path / "t.csv")])
+    assert ended.value.code == 2
+    assert "--cell: is for maps" in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith("done.json")]
+
+
+def test_a_scene_without_a_place_has_a_map_but_no_polygons(finished_run, make_scene, tmp_path):
+    scene = make_scene(60, 72, crs=None, transform=None)
+    with open_raster(predict_map(finished_run, scene, tmp_path / "map.tif")) as file:
+        assert file.crs is None
+        assert file.shape == (3, 3)
+    with pytest.raises(DataError, match="no coordinate system"):
+        predict_map(finished_run, scene, tmp_path / "other.tif", MapSettings(vector="geojson"))
+
+
+def test_the_tile_is_the_ground_that_reaches_the_network(finished_run):
+    import dataclasses
+
+    pre = dataclasses.replace(finished_run.preprocess, size=(64, 32))
+    assert ground_tile(pre, (100, 80)) == (100, 80)
+    assert ground_tile(dataclasses.replace(pre, resize="crop"), (100, 80)) == (100, 50)
+    assert ground_tile(dataclasses.replace(pre, resize="pad"), (100, 80)) == (160, 80)
+    assert network.AT_ONCE == 8
