@@ -58,12 +58,13 @@ class Recorder(Checkpoint):
         found = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             **pl_module.epoch_metrics,
         }
         self.rows.append({column: found[column] for column in ("epoch", "step", "lr", *pl_module.columns)})
-        score = [(row[pl_module.monitor], -row["val_loss"]) for row in self.rows]
-        better = pl_module.final_form and (self.best_epoch < 0 or score[-1] > score[self.best_epoch])
+        better = pl_module.final_form and (
+            self.best_epoch < 0 or pl_module.score(self.rows[-1]) > pl_module.score(self.rows[self.best_epoch])
+        )
         if better:
             self.best_epoch = len(self.rows) - 1
         save_atomic(trainer, self.run.last_checkpoint)
@@ -71,12 +72,13 @@ class Recorder(Checkpoint):
             save_atomic(trainer, self.run.best_checkpoint)
         if trainer.is_global_zero:
             write_atomic(self.run.metrics_csv, self._csv())
-        self._print(trainer, better)
+        self._print(trainer, better, pl_module.seconds_left)
 
-    def _print(self, trainer: L.Trainer, better: bool) -> None:
+    def _print(self, trainer: L.Trainer, better: bool, seconds_left: float | None) -> None:
         row = self.rows[-1]
         here = (self.seconds - self.earlier_seconds) / (len(self.rows) - self._earlier_rows)
         left = here * ((trainer.max_epochs or 0) - len(self.rows))
+        left = left if seconds_left is None else min(left, seconds_left)
         self.console.print(
             f"epoch {len(self.rows)}/{trainer.max_epochs}  "
             f"{_words(row, 'train')}  {_words(row, 'val')}  "
@@ -167,8 +169,8 @@ class AnnealBeta(Callback):
         pl_module.final_form = self._set(trainer, pl_module) == 1.0
 
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-        progress = min(1.0, trainer.global_step / trainer.estimated_stepping_batches)
-        beta = anneal_beta(progress, until=self.until)
+        assert isinstance(pl_module, Task)
+        beta = anneal_beta(pl_module.progress, until=self.until)
         set_beta(pl_module, beta)
         return beta
 

@@ -1,16 +1,14 @@
-"""From a recipe to a network: backbone and head, what is frozen, and which parameters decay."""
+"""From a recipe to a network: backbone and head, with the weights it starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from r2kit.backbones import create_model
 from r2kit.backbones.warmstart import Images, warm_start
@@ -137,58 +135,6 @@ def model_from_run(run: Run) -> nn.Module:
     except (ModelError, RuntimeError, OSError, safetensors.SafetensorError) as error:
         raise RunError(f"{run.path}: {error}") from None
     return model.eval()
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What stands still during training.
-
-    Attributes:
-        modules: The modules whose batch statistics must not move, kept in evaluation mode.
-        parameters: Number of parameters without a gradient.
-    """
-
-    modules: tuple[nn.Module, ...]
-    parameters: int
-
-
-def freeze_backbone(model: nn.Module) -> Frozen:
-    """Stop the gradients and the BatchNorm statistics of everything but the classifier.
-
-    Args:
-        model: A network with timm's `get_classifier`; that of a dense task gives its decoder and head.
-
-    Returns:
-        The norms to put back into evaluation mode whenever the network is put into training mode.
-    """
-    classifier = model.get_classifier()  # type: ignore[operator]
-    trained = {id(parameter) for parameter in classifier.parameters()}
-    free = set(classifier.modules())
-    count = 0
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
-            count += parameter.numel()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module not in free]
-    return Frozen(tuple(norms), count)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trained parameters into those that decay and those that do not.
-
-    Args:
-        model: Any network; frozen parameters are left out.
-        weight_decay: Decay of the first group. Norms, biases and other vectors have none.
-    """
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 else decay).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -437,7 +437,9 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(_show(item) for item in value)}]"
+        return text if len(text) <= 60 else text[:57] + "..."
     text = repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

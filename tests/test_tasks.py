@@ -6,7 +6,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from r2kit.recipe import Recipe
-from r2kit.schedules import warmup_cosine
+from r2kit.schedules import Plan
 from r2kit.tasks import ClassificationTask, classification_metrics
 
 
@@ -34,13 +34,14 @@ def test_metrics_count_a_padded_image_once_and_ignore_the_order():
 
 
 def test_warmup_cosine():
-    rates = [warmup_cosine(step, 4, 20) for step in range(21)]
+    plan = Plan("cosine", 4, 20, 10)
+    rates = [plan.share(step) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[12] == pytest.approx(0.5)
     assert rates[20] == pytest.approx(0.0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
-    assert warmup_cosine(0, 0, 1) == 1.0
-    assert not math.isnan(warmup_cosine(5, 5, 5))
+    assert Plan("cosine", 0, 1, 1).share(0) == 1.0
+    assert not math.isnan(Plan("cosine", 5, 5, 1).share(5))
 
 
 def small_net():
@@ -64,15 +65,4 @@ def test_frozen_means_gradients_and_batch_statistics():
     optimizer.step()
     changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"3.weight", "3.bias"}
-    assert task.frozen.parameters == 3 * 4 * 9 + 4 + 8
-
-
-def test_norms_and_biases_do_not_decay():
-    from r2kit.models import parameter_groups
-
-    net = small_net()
-    decay, plain = parameter_groups(net, 0.1)
-    assert [p.ndim for p in decay["params"]] == [4, 2]
-    assert decay["weight_decay"] == 0.1
-    assert len(plain["params"]) == 4
-    assert plain["weight_decay"] == 0.0
+    assert task.freezer.parameters == 3 * 4 * 9 + 4 + 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
 from r2kit.data.mix import draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
+from r2kit.data.resize import resize_batch, scaled_size
 from r2kit.data.sampling import expected_draws
 from r2kit.data.sources import DenseSource, Source, loader_workers, open_source
 from r2kit.data.splits import PARTS, Split, make_split
@@ -66,6 +68,7 @@ class DataModule(lightning.LightningDataModule):
         self.augment = augment
         self.seed = seed
         self.batch_size = batch_size
+        self.size_share: Callable[[int], float] | None = None  # of the image size, by epoch: for images that grow
         self._given_preprocess = preprocess
         self._split_file = split_file
         self._all_test = all_test
@@ -243,10 +246,12 @@ class DataModule(lightning.LightningDataModule):
         return max(1, self.batch_size * self.preprocess.size[0] * self.preprocess.size[1] // max(largest, 1))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mix the batch on its device while training; called by the trainer."""
+        """Shrink and mix the batch on its device while training; called by the trainer."""
         trainer = self.trainer
         if trainer is None or not trainer.training:
             return batch
+        if self.size_share is not None:
+            batch = resize_batch(batch, scaled_size(self.preprocess.size, self.size_share(trainer.current_epoch)))
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and trainer.current_epoch >= epochs - self.augment.mix_off_epochs:
             return batch

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from r2kit.data.datamodule import DataModule
-from r2kit.models import Frozen, freeze_backbone, memory_format, parameter_groups
+from r2kit.freeze import Freezer
+from r2kit.models import memory_format
+from r2kit.optim import Groups, make_optimizer, parameter_groups, set_momentum
 from r2kit.recipe import Recipe
-from r2kit.schedules import warmup_cosine
+from r2kit.schedules import Plan
 from r2kit.seeding import derive_seed
 
 Stage = Literal["train", "val"]
@@ -43,10 +47,14 @@ class Task(L.LightningModule):
         self.recipe = recipe
         self.model = model
         self.num_classes = num_classes
-        frozen = recipe.train.freeze == "backbone"
-        self.frozen: Frozen | None = freeze_backbone(model) if frozen else None
+        spec = recipe.train
+        self.freezer: Freezer | None = Freezer(model, spec.unfreeze) if spec.freeze == "backbone" else None
+        self.groups: Groups = self._make_groups()
         self.format = memory_format(recipe.train.channels_last)
         self.epoch_metrics: dict[str, float] = {}
+        self.time_share = 0.0  # of the time limit, as far as it is used up
+        self.seconds_left: float | None = None  # of the time limit
+        self.reductions = 0  # of the learning rate, at plateaus
         self.final_form = True  # False while the network still changes its activation: such an epoch is never the best
         self.train()  # Lightning takes the modes as it finds them
 
@@ -62,9 +70,8 @@ class Task(L.LightningModule):
     def train(self, mode: bool = True) -> Task:
         """Set training mode; frozen norms stay in evaluation mode, so that their statistics stand still."""
         super().train(mode)
-        if self.frozen is not None:
-            for module in self.frozen.modules:
-                module.eval()
+        if self.freezer is not None:
+            self.freezer.hold()
         return self
 
     def keep_metrics(self, metrics: dict[str, float]) -> None:
@@ -79,23 +86,63 @@ class Task(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout and stochastic depth by step, so that they do not depend on what ran before."""
-        torch.manual_seed(derive_seed(self.recipe.seed, self.trainer.global_step, self.trainer.global_rank))
+        """Free what this epoch frees, and seed dropout and stochastic depth by step, not by what ran before."""
+        if self.freezer is not None and self.freezer.apply(self.current_epoch):
+            self.train()
+            self._renew_ddp()
+        step = self.trainer.global_step
+        momentum = self.plan.momentum(step, self.time_share)
+        if momentum is not None:
+            set_momentum(self.trainer.optimizers[0], momentum)
+        part = batch_idx % self.trainer.accumulate_grad_batches  # the passes of one step draw differently
+        key = (self.recipe.seed, step, self.trainer.global_rank, *([part] if part else []))
+        torch.manual_seed(derive_seed(*key))
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser, and warm-up plus cosine as a schedule by step."""
+        """Return the optimiser, and the recipe's schedule by step."""
         spec = self.recipe.train
-        groups = parameter_groups(self.model, spec.weight_decay)
         # One kernel for the whole update, 3 to 4 times as fast on the CPU; fp16's gradient scaler cannot clip with it.
         fused = self.trainer.precision != "16-mixed"
-        if spec.optimizer == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=spec.lr, fused=fused)
-        else:
-            optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True, fused=fused)
+        optimizer = make_optimizer(self.groups, spec, spec.lr, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(total * spec.warmup_epochs / spec.epochs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        warmup = round(total * spec.warmup / spec.epochs)
+        self.plan = Plan(spec.schedule, warmup, total, spec.epochs, spec.step_epochs, spec.lr_factor)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.plan.share(step, self.time_share, self.reductions)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+    @property
+    def progress(self) -> float:
+        """The share of training that is done, by steps or by time, whichever is ahead."""
+        return self.plan.progress(self.trainer.global_step, self.time_share)
+
+    def set_reductions(self, reductions: int) -> None:
+        """Say how often a plateau was met; the learning rates follow at once."""
+        self.reductions = reductions
+        share = self.plan.share(self.schedule.last_epoch, self.time_share, reductions)
+        for group, highest in zip(self.schedule.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = highest * share
+
+    def score(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """Return what makes an epoch better than another: its monitor, then a lower loss."""
+        return metrics[self.monitor], -metrics["val_loss"]
+
+    def _make_groups(self) -> Groups:
+        """Return the parameter groups: of all that is trained at some time, made before it is frozen for a while."""
+        spec = self.recipe.train
+        if self.freezer is None:
+            return parameter_groups(self.model, spec)
+        groups: Groups = parameter_groups(self.model, spec) if spec.unfreeze else []
+        self.freezer.apply(0)
+        return groups or parameter_groups(self.model, spec)
+
+    def _renew_ddp(self) -> None:
+        """Wrap the network anew: DistributedDataParallel only averages what had gradients when it was made."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = self
+            strategy.configure_ddp()
 
 
 def once_each(index: Tensor) -> Tensor:

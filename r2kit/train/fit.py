@@ -8,6 +8,7 @@ from rich.console import Console
 
 from r2kit.callbacks import AnnealBeta, Ema, Progress, Recorder
 from r2kit.run import Run
+from r2kit.stopping import Patience, TimeLimit
 from r2kit.train.prepare import Job
 
 
@@ -20,6 +21,11 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
         callbacks.append(Ema(spec.ema_decay))
     if job.recipe.model.warm_start:
         callbacks.append(AnnealBeta(job.recipe.model.warm_start_until))
+    if spec.time_limit_seconds is not None:
+        callbacks.append(TimeLimit(spec.time_limit_seconds, console))
+    plateau = spec.plateau_patience if spec.schedule == "plateau" else None
+    if plateau is not None or spec.early_stop is not None:
+        callbacks.append(Patience(plateau, spec.early_stop, console))
     on_gpu = job.device.type == "cuda"
     devices = spec.devices if spec.devices != "auto" else (-1 if on_gpu else 1)
     trainer = L.Trainer(
@@ -35,6 +41,7 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        accumulate_grad_batches=spec.accumulate,
         gradient_clip_val=spec.gradient_clip,
         # Some CUDA kernels have no deterministic form; there Lightning warns and goes on.
         deterministic="warn" if on_gpu else True,

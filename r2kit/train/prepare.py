@@ -51,6 +51,7 @@ def prepare(recipe: Recipe, console: Console) -> Job:
             target=recipe.target,
         )
         data.setup()
+    data.size_share = recipe.train.size_share if recipe.train.progressive_size else None
     L.seed_everything(recipe.seed, verbose=False)
     bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
 

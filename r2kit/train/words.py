@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from r2kit.console import duration, table
+from r2kit.data.resize import scaled_size
 from r2kit.evaluate import summary_lines
+from r2kit.optim import describe_groups
 from r2kit.run import Run, installed_versions
-from r2kit.tasks import ClassificationTask, SegmentationTask
+from r2kit.tasks import ClassificationTask, SegmentationTask, Task
 from r2kit.train.prepare import Job
 
 
@@ -44,7 +46,7 @@ def print_start(console: Console, job: Job) -> None:
     prep = data.preprocess
     bands = [[band, f"{m:.4g}", f"{s:.4g}"] for band, m, s in zip(prep.bands, prep.mean, prep.std, strict=True)]
     console.print(table(f"normalisation (of pixel values divided by {prep.scale:g})", ["band", "mean", "std"], bands))
-    frozen = "nothing is frozen" if job.task.frozen is None else f"{job.task.frozen.parameters:,} parameters are frozen"
+    frozen = _frozen(job.task)
     pretrained = recipe.model.pretrained
     if isinstance(pretrained, bool):
         start = "published ImageNet weights" if pretrained else "random weights"
@@ -57,8 +59,46 @@ def print_start(console: Console, job: Job) -> None:
     )
     for line in job.loaded:
         console.print(f"  {line}")
+    for line in _strategy(job):
+        console.print(line)
     passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
-    console.print(f"estimated training time: {duration(passes / job.speed)}")
+    seconds, limit = passes / job.speed, recipe.train.time_limit_seconds
+    if limit is not None and limit < seconds:
+        console.print(
+            f"estimated training time: {duration(limit)}, the limit; all epochs would take {duration(seconds)}"
+        )
+    else:
+        console.print(f"estimated training time: {duration(seconds)}")
+
+
+def _frozen(task: Task) -> str:
+    """Say what stands still, and until when."""
+    if task.freezer is None:
+        return "nothing is frozen"
+    text = f"{task.freezer.parameters:,} parameters are frozen"
+    epochs = task.freezer.unfreeze
+    if not epochs:
+        return text
+    steps = [f"{task.freezer.depth_at(epoch)} of {task.freezer.depth} parts from epoch {epoch + 1}" for epoch in epochs]
+    return f"{text}; frozen then: {', '.join(steps)}"
+
+
+def _strategy(job: Job) -> list[str]:
+    """Say how the network is trained, where it is not the plain way."""
+    spec, size = job.recipe.train, job.recipe.data.size
+    lines = [
+        f"training: {spec.optimizer}, {describe_groups(job.task.groups)} ({spec.lr:g} at the highest), schedule "
+        f"{spec.schedule.replace('_', ' ')} after {spec.warmup:g} epochs of warm-up"
+    ]
+    if spec.accumulate > 1:
+        lines.append(f"a step sees {spec.accumulate} x {spec.batch_size} images on each device")
+    if spec.progressive_size:
+        shares = [*spec.progressive_size, 1.0]
+        firsts = [next(e for e in range(spec.epochs) if spec.size_share(e) == share) for share in shares]
+        sizes = [scaled_size(size, share) for share in shares]
+        parts = [f"{h}x{w} from epoch {e + 1}" for (h, w), e in zip(sizes, firsts, strict=True)]
+        lines.append(f"training images grow: {', '.join(parts)}")
+    return lines
 
 
 def print_result(
