@@ -57,6 +57,8 @@ class ImageFiles:
         workers: int,
     ) -> None:
         self.name = name
+        self.network: tuple[int, int] | None = None
+        """(H, W) to which images will be resized, by which large JPEGs are decoded smaller, see `read_image`."""
         self.classes: tuple[str, ...] = tuple(sorted(listed["class"].unique()))
         checks = check_files(name, root, listed["id"].tolist(), workers)
         listed = listed.merge(checks, on="id", how="left", validate="one_to_one", suffixes=("", "_found"))
@@ -99,7 +101,7 @@ class ImageFiles:
         Raises:
             DataError: If the file has gone or changed since it was checked.
         """
-        return read_image(self._paths[row], bands=self.bands)
+        return read_image(self._paths[row], bands=self.bands, network=self.network)
 
 
 def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.DataFrame:

@@ -6,13 +6,19 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
 
 from r2kit.data.targets import MaskTarget
 from r2kit.recipe import DataSpec, Target
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from r2kit.data.files import ImageFiles
 
 MANIFEST_COLUMNS = ("id", "path", "label", "split", "group", "lon", "lat")
 
@@ -96,16 +102,19 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
     if spec.resolved_source == "table":
         from r2kit.data.table import ImageTable
 
-        return ImageTable(
+        files: ImageFiles = ImageTable(
             root,
             allow_outside=spec.allow_outside,
             bands=spec.bands,
             on_bad_file=spec.on_bad_file,
             workers=workers,
         )
-    from r2kit.data.folder import ImageFolder
+    else:
+        from r2kit.data.folder import ImageFolder
 
-    return ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
+        files = ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
+    files.network = spec.network
+    return files
 
 
 def loader_workers(workers: int | str) -> int:

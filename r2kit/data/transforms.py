@@ -21,6 +21,7 @@ import numpy as np
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing albumentations must not ask the network for news
 import albumentations as A
+import cv2
 from albumentations.augmentations.crops.transforms import BaseCrop
 
 from r2kit.data.custom import Custom
@@ -29,6 +30,7 @@ from r2kit.recipe import AugmentSpec
 
 Preset = Literal["overhead", "natural", "none"]
 _TAG_LISTED = 2**31  # keeps the draws of the listed transforms apart from those of the preset
+_VEIL_SIDE = 64  # rows and columns that tell how bright an image is
 _MIN_VISIBLE = 0.2  # a box of which less is left after a cut no longer shows what its label says
 
 
@@ -93,7 +95,7 @@ class BandLight(A.ImageOnlyTransform):
         """Return the image with another light; albumentations passes its own entries in `params`."""
         missing = missing_pixels(img, self.nodata)
         if missing is None or not missing.any():
-            missing, mean = None, img.mean(axis=(0, 1), dtype=np.float64)
+            missing, mean = None, band_means(img)
         else:
             count = np.maximum((~missing).sum(axis=(0, 1)), 1)
             mean = np.where(missing, 0, img).sum(axis=(0, 1), dtype=np.float64) / count
@@ -101,14 +103,33 @@ class BandLight(A.ImageOnlyTransform):
         if img.dtype == np.uint8:  # a table of 256 values a band instead of arithmetic on every pixel
             values = np.arange(256.0)[:, None] * slope + shift  # (256, C)
             table = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-            result = np.stack([table[img[..., band], band] for band in range(img.shape[2])], axis=-1)
+            result = cv2.LUT(np.ascontiguousarray(img), table[None]).reshape(img.shape)
         else:
-            result = img * slope.astype(np.float32) + shift.astype(np.float32)
-            if img.dtype.kind in "iu":
-                limits = np.iinfo(img.dtype)
-                result = np.clip(np.rint(result), limits.min, limits.max)
-            result = result.astype(img.dtype)
+            # Whole rows at once: loops over the few bands of a pixel would cost several times as much.
+            height, width, bands = img.shape
+            rows = np.ascontiguousarray(img).reshape(height, width * bands)
+            result = rows * np.tile(slope.astype(np.float32), width)
+            result += np.tile(shift.astype(np.float32), width)
+            result = _as_type(result, img.dtype).reshape(img.shape)
         return result if missing is None else np.where(missing, img, result)
+
+
+def band_means(img: np.ndarray) -> np.ndarray:
+    """Mean of each band of (H, W, C), (C,) float64, in a fraction of NumPy's time."""
+    if img.dtype not in (np.uint8, np.uint16, np.int16, np.float32, np.float64):
+        return img.mean(axis=(0, 1), dtype=np.float64)
+    height, width, bands = img.shape
+    rows = cv2.reduce(np.ascontiguousarray(img).reshape(height, width * bands), 0, cv2.REDUCE_SUM, dtype=cv2.CV_64F)
+    return rows.reshape(width, bands).sum(axis=0) / (height * width)
+
+
+def _as_type(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Cast floats, which are changed in place; integers are rounded and stay in their type's range."""
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        np.rint(values, out=values)
+        np.clip(values, limits.min, limits.max, out=values)
+    return values.astype(dtype, copy=False)
 
 
 class Haze(A.ImageOnlyTransform):
@@ -135,21 +156,22 @@ class Haze(A.ImageOnlyTransform):
 
     def apply(self, img: np.ndarray, corners: np.ndarray, **params: Any) -> np.ndarray:
         """Return the hazy image; albumentations passes its own entries in `params`."""
+        height, width, bands = img.shape
         missing = missing_pixels(img, self.nodata)
-        seen = img if missing is None else np.where(missing, np.nan, img.astype(np.float64))
-        if np.isnan(seen).all(axis=(0, 1)).any():
-            return img  # a band without a single measurement has no brightness to speak of
-        veil = np.nanmean(seen, axis=(0, 1), dtype=np.float64) + 2.0 * np.nanstd(seen, axis=(0, 1), dtype=np.float64)
-        height, width = img.shape[:2]
+        places = (slice(None, None, max(1, height // _VEIL_SIDE)), slice(None, None, max(1, width // _VEIL_SIDE)))
+        sample = img[places].astype(np.float64)
+        if missing is not None:
+            sample[missing[places]] = np.nan
+            if np.isnan(sample).all(axis=(0, 1)).any():
+                return img  # a band without a measurement has no brightness to speak of
+        veil = np.nanmean(sample, axis=(0, 1)) + 2.0 * np.nanstd(sample, axis=(0, 1))
         y = np.linspace(0.0, 1.0, height, dtype=np.float32)[:, None]
         x = np.linspace(0.0, 1.0, width, dtype=np.float32)[None]
         top, bottom = corners[0, 0] * (1 - x) + corners[0, 1] * x, corners[1, 0] * (1 - x) + corners[1, 1] * x
-        t = (top * (1 - y) + bottom * y)[..., None]  # (H, W, 1)
-        result = img + t * (veil.astype(np.float32) - img)
-        if img.dtype.kind in "iu":
-            limits = np.iinfo(img.dtype)
-            result = np.clip(np.rint(result), limits.min, limits.max)
-        result = result.astype(img.dtype)
+        t = np.repeat(top * (1 - y) + bottom * y, bands, axis=1)  # (H, W * C): whole rows at once, as in BandLight
+        result: np.ndarray = np.ascontiguousarray(img).reshape(height, width * bands).astype(np.float32)
+        result += t * (np.tile(veil.astype(np.float32), width) - result)
+        result = _as_type(result, img.dtype).reshape(img.shape)
         return result if missing is None else np.where(missing, img, result)
 
 

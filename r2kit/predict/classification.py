@@ -69,7 +69,7 @@ class _Read:
 
     def __call__(self, path: Path) -> NDArray[Any]:
         bands = self.preprocess.bands
-        raw = read_image(path, bands=bands)
+        raw = read_image(path, bands=bands, network=self.preprocess.size)
         if raw.shape[-1] != len(bands):
             raise DataError(f"{path}: has {raw.shape[-1]} bands, the run was trained with {', '.join(bands)}")
         return raw

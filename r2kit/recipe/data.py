@@ -145,6 +145,11 @@ class DataSpec(Spec):
         return "table" if self.root.lower().endswith((".csv", ".parquet")) else "folder"
 
     @property
+    def network(self) -> tuple[int, int] | None:
+        """`size` where whole images are resized to it, None where pixels stay what they are."""
+        return None if self.resize == "tile" else self.size
+
+    @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the image that the network sees, in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size

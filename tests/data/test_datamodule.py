@@ -205,3 +205,12 @@ def test_mixed_labels_are_blends_of_the_classes(make_folder: MakeFolder) -> None
     assert mixed["label"].max() < 1 or len(set(batch["label"].tolist())) == 1 or mixed["label"].min() == 0
     assert torch.equal(mixed["index"], batch["index"])
     assert not batch["label"].is_floating_point()
+
+
+def test_large_jpegs_are_decoded_by_what_the_network_sees(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 9, "b": 9}, suffix=".jpg", size=(100, 140))
+    data = module(folder_spec(root))
+    assert data.source.read(0).shape == (50, 70, 3)  # 16 pixels wanted: half the size is still three times that
+    for batch in data.val_dataloader():
+        for image, row in zip(batch["image"], batch["index"], strict=True):
+            assert torch.equal(image, data.preprocess.apply(data.source.read(int(row))))

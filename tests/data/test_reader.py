@@ -42,6 +42,31 @@ def test_jpeg_equals_pillow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(Image.open(tmp_path / "a.jpg")))
 
 
+@pytest.mark.parametrize(("side", "shape"), [(255, (400, 520)), (100, (200, 260)), (25, (50, 65)), (1, (50, 65))])
+def test_a_large_jpeg_comes_smaller_and_looks_the_same(tmp_path: Path, side: int, shape: tuple[int, int]) -> None:
+    y, x = np.mgrid[:400, :520]
+    waves = np.stack([128 + 90 * np.sin(x / 23 + y / 41 + band) for band in range(3)], axis=-1).astype(np.uint8)
+    Image.fromarray(waves).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(waves).save(tmp_path / "a.png")
+    small = read_image(tmp_path / "a.jpg", network=(side, side // 2 + 1))
+    assert small.shape[:2] == shape
+    assert min(shape) >= 2 * side or shape == (400, 520)  # only while both sides stay twice as long
+    assert read_image(tmp_path / "a.png", network=(side, side)).shape == (400, 520, 3)
+    expected = np.asarray(Image.fromarray(waves).resize(shape[::-1], Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - expected).max() < 25
+    assert np.abs(small - expected).mean() < 2.0
+
+
+def test_a_large_grey_and_a_turned_jpeg_come_smaller_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.full((400, 520), 90, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.jpg", exif=exif)
+    small = read_image(tmp_path / "a.jpg", network=(64, 64))
+    assert small.shape == (260, 200, 3)
+    assert np.abs(small.astype(int) - 90).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
 def test_every_mode_of_png_becomes_rgb(tmp_path: Path, mode: str) -> None:
     picture = Image.fromarray(noise(8, 8, 3)).convert("RGB").convert(mode)
