@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from r2kit.data.preprocess import Preprocess
+from r2kit.dense.sliding import sliding_logits
 from r2kit.errors import DataError, ModelError
 
 Reader = Callable[[Any], NDArray[Any]]
@@ -92,6 +94,70 @@ class Classifier:
             total = total + logits.double().softmax(1)
         probs: NDArray[np.float64] = (total / len(self.orientations)).cpu().numpy()
         return probs
+
+
+class PixelClassifier:
+    """A network on its device, from images of any size to probabilities of their own pixels.
+
+    Args:
+        model: (B, C, h, w) -> logits (B, K, h, w).
+        preprocess: That of the run; with ``resize='tile'`` images are read in tiles of its size.
+        overlap: Share of a tile in common with its neighbour.
+        device: Where to run, see `choose_device`.
+        channels_last: Layout of the images in memory.
+        batch_size: Images, or tiles of one image, at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        overlap: float,
+        device: str = "auto",
+        *,
+        channels_last: bool = True,
+        batch_size: int = 64,
+    ) -> None:
+        self.device = choose_device(device)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.eval().to(self.device, torch.float32).to(memory_format=self.layout)
+        self.preprocess = preprocess
+        self.overlap = overlap
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Yield the probabilities of each image.
+
+        Args:
+            images: (C, h, w) each, as `preprocess.apply` gives them.
+            shapes: (H, W) of each original image.
+
+        Yields:
+            (K, H, W), sums over K are 1, and (H, W): where the network saw the image.
+        """
+        if self.preprocess.resize == "tile":
+            maps = (self._tiles(image) for image in images)
+        else:
+            stacks = (
+                torch.stack(list(images[i : i + self.batch_size])) for i in range(0, len(images), self.batch_size)
+            )
+            maps = (one for stack in stacks for one in self._logits(stack.to(self.device, torch.float32)))
+        for one, shape in zip(maps, shapes, strict=True):
+            logits, seen = self.preprocess.unfit(one.float(), shape)
+            yield logits.softmax(0).cpu().numpy(), seen.cpu().numpy()
+
+    def _tiles(self, image: Tensor) -> Tensor:
+        """Logits (K, H, W) of one image of any size."""
+        given = image[None].to(self.device, torch.float32)
+        return sliding_logits(self._logits, given, self.preprocess.size, self.overlap, self.batch_size)[0]
+
+    def _logits(self, image: Tensor) -> Tensor:
+        """What the network says."""
+        logits: Tensor = self.model(image.contiguous(memory_format=self.layout))
+        return logits
 
 
 @dataclass(frozen=True)

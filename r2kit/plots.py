@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.metrics import Reliability
 
 if TYPE_CHECKING:
@@ -105,8 +106,56 @@ def batch_tiles(batch: Batch, data: DataModule, *, epoch: int, batch_index: int 
     """
     mixed = data.mix(batch, epoch, batch_index)
     shown = data.preprocess.denormalize(mixed["image"][:most]).cpu().numpy()
+    if "mask" in mixed:
+        masks = mixed["mask"][:most].cpu().numpy()
+        return [Tile(paint(to_uint8(i), m), mask_words(m, data.classes)) for i, m in zip(shown, masks, strict=True)]
     labels = mixed["label"][:most].cpu().numpy()
     return [Tile(to_uint8(i), label_words(k, data.classes)) for i, k in zip(shown, labels, strict=True)]
+
+
+def paint(
+    image: NDArray[np.uint8], mask: NDArray[Any], *, strength: float = 0.45, border: bool = True
+) -> NDArray[np.uint8]:
+    """Lay the colours of classes over an image, with a line where they meet; pixels without a class are dark grey.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mask: (H, W) positions in the classes, or `IGNORE`.
+        strength: Weight of the colours, in [0, 1].
+        border: Whether to draw the line.
+    """
+    known = mask != IGNORE
+    colours = np.array(CLASS_COLOURS, dtype=np.float64)[np.where(known, mask, 0) % len(CLASS_COLOURS)]
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.5
+    painted = np.where(known[..., None], image * (1.0 - strength) + strength * colours, grey)
+    if border:
+        edge = np.zeros(mask.shape, dtype=bool)
+        edge[1:] |= mask[1:] != mask[:-1]
+        edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        painted[edge] = 255.0
+    return np.rint(painted).clip(0, 255).astype(np.uint8)
+
+
+def mask_words(mask: NDArray[Any], classes: Sequence[str], most: int = 2) -> str:
+    """Return the largest classes of a mask in words, as ``land 80 %, road 20 %``."""
+    count = np.bincount(mask[mask != IGNORE].astype(np.int64), minlength=len(classes))
+    if count.sum() == 0:
+        return "nothing labelled"
+    order = [i for i in np.argsort(-count, kind="stable")[:most] if count[i]]
+    return ", ".join(f"{classes[i]} {100 * count[i] / count.sum():.0f} %" for i in order)
+
+
+def iou_figure(per_class: Sequence[dict[str, Any]], *, theme: Theme = LIGHT, most: int = 40) -> Figure:
+    """Return the IoU of each class with its interval, the weakest on top.
+
+    Args:
+        per_class: The entries of `per_class` in the metrics.json of a segmentation.
+        theme: Colours.
+        most: With more classes than this, only the weakest are shown.
+    """
+    known = [row for row in per_class if row["iou"]["low"] is not None]
+    rows = [{"class": row["class"], "recall": row["iou"], "support": row["pixels"]} for row in known]
+    return _interval_figure(rows, "IoU, with 95 % interval (labelled pixels of the class)", theme, most)
 
 
 def batch_mosaic(batch: Batch, data: DataModule, *, epoch: int, theme: Theme = LIGHT) -> Figure:
@@ -243,6 +292,11 @@ def recall_figure(per_class: Sequence[dict[str, Any]], *, theme: Theme = LIGHT, 
         theme: Colours.
         most: With more classes than this, only the weakest are shown.
     """
+    return _interval_figure(per_class, "recall, with 95 % interval (images of the class)", theme, most)
+
+
+def _interval_figure(per_class: Sequence[dict[str, Any]], title: str, theme: Theme, most: int) -> Figure:
+    """A share of each class with its interval, the weakest on top."""
     rows = sorted((row for row in per_class if row["support"]), key=lambda row: row["recall"]["value"])[:most]
     figure = _figure(theme, 0.75 + 0.25 * max(len(rows), 2))
     axes = _axes(figure.add_subplot(), theme, grid="x")
@@ -255,7 +309,7 @@ def recall_figure(per_class: Sequence[dict[str, Any]], *, theme: Theme = LIGHT, 
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_xlabel("recall, with 95 % interval (images of the class)", color=theme.muted)
+    axes.set_xlabel(title, color=theme.muted)
     axes.tick_params(axis="y", length=0)
     return figure
 

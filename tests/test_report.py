@@ -189,10 +189,10 @@ def test_maps_are_drawn_where_images_have_places(run):
 
 def test_recorded_commands_are_quoted(run):
     run.write_info(command="/somewhere/bin/r2kit finetune 'my recipe.yaml' seed=4")
-    commands = report._commands(run)
+    commands = report.commands_of(run)
     assert commands[1].startswith("r2kit finetune 'my recipe.yaml' seed=4")
     run.write_info(command="pytest 'unbalanced")
-    assert not any(command.startswith("pytest") for command in report._commands(run))
+    assert not any(command.startswith("pytest") for command in report.commands_of(run))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to lay the page out")

@@ -135,6 +135,11 @@ class DataModule(lightning.LightningDataModule):
         """Names that the labels are positions in: the classes, or one name where an image has no single class."""
         return self.classes if self.source.strata == self.source.classes else self.source.strata
 
+    @property
+    def remapped(self) -> np.ndarray | None:
+        """(K,) the run's position of each class of the source; None where they are the same."""
+        return None if self.source.classes == self.classes else self.positions
+
     def pixel_shares(self) -> pd.DataFrame:
         """Share of the labelled pixels of each class (rows) in each part (columns); for masks."""
         pixels = cast(DenseSource, self.source).pixels
@@ -234,7 +239,7 @@ class DataModule(lightning.LightningDataModule):
                 augment,
                 self.seed,
                 train=train,
-                positions=None if self.source.classes == self.classes else self.positions,
+                positions=self.remapped,
             )
         return Samples(self.source, self.labels, self.preprocess, augment, self.seed)
 

@@ -32,7 +32,11 @@ def blend_window(size: tuple[int, int]) -> Tensor:
 
 
 def sliding_logits(
-    network: Callable[[Tensor], Tensor], image: Tensor, tile: tuple[int, int], overlap: float = 0.25
+    network: Callable[[Tensor], Tensor],
+    image: Tensor,
+    tile: tuple[int, int],
+    overlap: float = 0.25,
+    batch_size: int = 16,
 ) -> Tensor:
     """Return the logits of images of any size from a network that sees tiles.
 
@@ -41,6 +45,7 @@ def sliding_logits(
         image: (B, C, H, W), normalised. A side shorter than the tile is filled up with zeros, the mean colour.
         tile: (h, w).
         overlap: Smallest share of a tile in common with its neighbour, in [0, 1).
+        batch_size: Tiles at once, at least those of the same place of all images.
 
     Returns:
         (B, K, H, W): where tiles overlap, the mean weighed by `blend_window`.
@@ -54,13 +59,15 @@ def sliding_logits(
     weight = blend_window(tile).to(image.device)
     total: Tensor | None = None
     norm = torch.zeros(image.shape[-2:], device=image.device)
-    for top in tops:
-        for left in lefts:
-            window = (..., slice(top, top + tile[0]), slice(left, left + tile[1]))
-            logits = network(image[window]).float()
+    windows = [(..., slice(y, y + tile[0]), slice(x, x + tile[1])) for y in tops for x in lefts]
+    each = max(1, batch_size // len(image))
+    for first in range(0, len(windows), each):
+        chosen = windows[first : first + each]
+        logits = network(torch.cat([image[window] for window in chosen])).float()
+        for window, part in zip(chosen, logits.split(len(image)), strict=True):
             if total is None:
-                total = logits.new_zeros((*logits.shape[:2], *image.shape[-2:]))
-            total[window] += logits * weight
+                total = part.new_zeros((*part.shape[:2], *image.shape[-2:]))
+            total[window] += part * weight
             norm[window[1:]] += weight
     assert total is not None
     return (total / norm)[..., :height, :width]

@@ -37,6 +37,8 @@ class Target:
     """What a person calls such a group."""
     module: DataModule | None
     """The run's own data; None where other data is evaluated."""
+    positions: NDArray[np.int64] | None = None
+    """(K,) the run's position of each class of the source, for masks; None where they are the same."""
 
 
 def reported_split(run: Run) -> str:
@@ -60,7 +62,7 @@ def own_target(run: Run, split: str) -> Target:
     if rows.size == 0:
         raise RunError(f"{run.path}: the run held out no {name} images; take --split val")
     group, word = groups_of(run, source, rows)
-    return Target(name, source, rows, module.labels[rows], group, word, module)
+    return Target(name, source, rows, module.labels[rows], group, word, module, module.remapped)
 
 
 def groups_of(run: Run, source: Source, rows: NDArray[np.int64]) -> tuple[NDArray[np.object_] | None, str]:
@@ -110,7 +112,7 @@ def other_target(run: Run, folder: Path, split: str) -> Target:
     if name in PARTS:
         name = f"data_{name}"  # never the name of one of the run's own splits
     groups = None if pd.isna(group).all() else group
-    return Target(name, module.source, rows, module.labels[rows], groups, "group", None)
+    return Target(name, module.source, rows, module.labels[rows], groups, "group", None, module.remapped)
 
 
 def refuse_failed(failed: Sequence[tuple[int, str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pandas as pd
 
-from r2kit.predict import classification
+from r2kit.predict import classification, segmentation
 from r2kit.run import Run, unknown_kind
 
 __all__ = ["predict"]
@@ -46,7 +46,7 @@ def predict(
     Raises:
         DataError: If there is no image, or one could not be read and `on_bad_file` is ``error``.
     """
-    kinds = {"classification": classification.predict}
+    kinds = {"classification": classification.predict, "segmentation": segmentation.predict}
     kind = run.recipe.task.kind
     if kind not in kinds:
         raise unknown_kind(run, "predict")

@@ -45,7 +45,7 @@ def predict(
     order: list[int] = []
     probs: list[NDArray[np.float64]] = []
     skipped: list[tuple[str, str]] = []
-    reader, prepare = _Read(preprocess), _Prepare(preprocess)
+    reader, prepare = read_as(preprocess), _Prepare(preprocess)
     for batch in load_images(reader, files, prepare, batch_size=batch_size, workers=workers):
         skipped += [(str(files[position]), reason) for position, reason in batch.failed]
         if batch.index:
@@ -57,12 +57,12 @@ def predict(
 
     written = "" if out is None else _write(table, Path(out))
     if skipped and on_bad_file == "error":
-        raise DataError(_bad_files(skipped, len(table), written))
+        raise DataError(bad_files(skipped, len(table), written))
     return table
 
 
 @dataclass(frozen=True)
-class _Read:
+class read_as:  # noqa: N801  used like a function
     """Read a file with the run's bands; picklable for loader processes."""
 
     preprocess: Preprocess
@@ -112,8 +112,8 @@ def _write(table: pd.DataFrame, out: Path) -> str:
     return f"{csv} and {parquet.name}"
 
 
-def _bad_files(skipped: Sequence[tuple[str, str]], good: int, written: str) -> str:
-    """One line that lists the images that could not be read, the first ten by name."""
+def bad_files(skipped: Sequence[tuple[str, str]], good: int, written: str) -> str:
+    """Return one line that lists the images that could not be read, the first ten by name."""
     reasons = "; ".join(reason if path in reason else f"{path}: {reason}" for path, reason in skipped[:10])
     more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
     where = f"; the other {good} are in {written}" if written else ""

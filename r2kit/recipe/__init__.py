@@ -72,6 +72,11 @@ class Recipe(Spec):
             )
         if self.target == "mask" and self.augment.mixup + self.augment.cutmix:
             raise ValueError("augment.mixup: MixUp and CutMix blend labels of whole images, and this task learns masks")
+        if isinstance(self.task, SegmentationSpec) and self.task.decoder == "pan" and min(self.data.size) < 128:
+            raise ValueError(
+                f"task.decoder: pan pools 128 x 128 pixels into one, and data.image_size is {min(self.data.size)}; "
+                "raise it, or take another decoder"
+            )
         if self.model.warm_start and self.task.kind != "classification":
             raise ValueError(
                 "model.warm_start: the activation turns while a classification is trained; start this task from the "

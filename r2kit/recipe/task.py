@@ -85,6 +85,8 @@ class SegmentationSpec(Spec):
     overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
     """Share of a tile that neighbouring tiles have in common where an image larger than `data.image_size` is read in
     tiles (data.resize=tile)."""
+    boundary_tolerance: Annotated[float, Field(ge=0.0, le=64.0)] = 2.0
+    """Distance in pixels of the original image up to which a boundary counts as found, for the boundary F1."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SegmentationSpec:

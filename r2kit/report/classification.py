@@ -79,10 +79,10 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: If the run was not evaluated, or its files do not belong together.
     """
-    figures = _stored_result(run)
+    figures = stored_result(run)
     predictions = _stored_predictions(run, figures)
     pictures, gone = _pictures(run, predictions)
-    page = _template().render(
+    page = template("report.html.j2").render(
         run=run,
         recipe=run.recipe,
         info=run.info,
@@ -94,22 +94,22 @@ def write_report(run: Run) -> Path:
         counts=None if pictures is None else _counts(pictures.module),
         gone=gone,
         charts=_charts(run, figures, predictions, pictures),
-        batch=[] if pictures is None else [_thumbnail(tile) for tile in pictures.batch],
+        batch=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.batch],
         batch_words=None if pictures is None else pictures.batch_words,
-        whole_blocks=pictures is not None and _whole_blocks(pictures.module),
-        mistakes=[] if pictures is None else [_thumbnail(tile) for tile in pictures.mistakes],
-        right=[] if pictures is None else [_thumbnail(tile) for tile in pictures.right],
-        explained=[] if pictures is None else [_thumbnail(tile) for tile in pictures.explained],
+        whole_blocks=pictures is not None and whole_blocks_of(pictures.module),
+        mistakes=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.mistakes],
+        right=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.right],
+        explained=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.explained],
         no_explanation=None if pictures is None else pictures.no_explanation,
         wrong=int((predictions["label"] != predictions["pred"]).sum()),
-        commands=_commands(run),
+        commands=commands_of(run),
     )
     write_atomic(run.report, page)
     return run.report
 
 
-def _template() -> jinja2.Template:
-    """The page; every value is escaped, because class names and paths come from strangers."""
+def template(name: str) -> jinja2.Template:
+    """Return a page; every value is escaped, because class names and paths come from strangers."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("r2kit", "templates"),
         autoescape=True,
@@ -120,7 +120,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["thousands"] = lambda number: f"{number:,}".replace(",", "\u2009")  # a thin space
     environment.filters["duration"] = duration
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _unbroken(value: Any) -> Any:
@@ -128,15 +128,15 @@ def _unbroken(value: Any) -> Any:
     return value.replace(" %", "\u00a0%") if isinstance(value, str) else value
 
 
-def _stored_result(run: Run) -> result.Result:
-    """The contents of metrics.json."""
+def stored_result(run: Run, key: str = "accuracy") -> result.Result:
+    """Return the contents of metrics.json, which has the figure `key`."""
     try:
         found = json.loads(run.metrics_json.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{run.path}: the run has no result yet; run r2kit evaluate {run.path}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{run.metrics_json}: cannot be read: {error}; run r2kit evaluate {run.path}") from None
-    if not isinstance(found, dict) or "accuracy" not in found:
+    if not isinstance(found, dict) or key not in found:
         raise RunError(f"{run.metrics_json}: holds no result; run r2kit evaluate {run.path}")
     return found
 
@@ -206,8 +206,8 @@ def _counts(module: DataModule) -> dict[str, Any]:
     }
 
 
-def _commands(run: Run) -> list[str]:
-    """What to type to get this run again."""
+def commands_of(run: Run) -> list[str]:
+    """Return what to type to get this run again."""
     path = shlex.quote(str(run.path))
     given = shlex.split(str(run.info.get("command", ""))) if _splits(str(run.info.get("command", ""))) else []
     commands = [f"pip install r2kit=={run.info['versions']['r2kit']}"]
@@ -239,28 +239,28 @@ def _charts(
     reliability = metrics.reliability(probs, label, figures["calibration_error"]["bins"])
     confusion = np.asarray(figures["confusion"])
     charts = {
-        "confusion": _chart(
+        "confusion": chart_of(
             run, "confusion", "Confusion matrix", lambda t: plots.confusion_figure(confusion, classes, theme=t)
         ),
-        "recall": _chart(
+        "recall": chart_of(
             run, "recall", "Recall of each class", lambda t: plots.recall_figure(figures["per_class"], theme=t)
         ),
-        "reliability": _chart(
+        "reliability": chart_of(
             run, "reliability", "Reliability diagram", lambda t: plots.reliability_figure(reliability, theme=t)
         ),
     }
     if run.metrics_csv.is_file():
         history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
-        charts["curves"] = _chart(
+        charts["curves"] = chart_of(
             run,
             "curves",
             "Loss and accuracy by epoch",
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
-    places = None if pictures is None else _places(pictures.module)
+    places = None if pictures is None else places_of(pictures.module)
     if (predictions["lon"].notna() & predictions["group"].notna()).any():
         degrees = run.recipe.data.block_degrees if pd.read_parquet(run.split_file)["block"].notna().any() else None
-        charts["blocks"] = _chart(
+        charts["blocks"] = chart_of(
             run,
             "block_accuracy",
             "Accuracy by block",
@@ -268,7 +268,9 @@ def _charts(
         )
     if pictures is not None and places is not None:
         if places["lon"].notna().any():
-            charts["split"] = _chart(run, "split_map", "Map of the splits", lambda t: plots.split_map(places, theme=t))
+            charts["split"] = chart_of(
+                run, "split_map", "Map of the splits", lambda t: plots.split_map(places, theme=t)
+            )
         for name, tiles, title in (
             ("batch", pictures.batch, "A training batch, as the network sees it"),
             ("predictions", pictures.mistakes + pictures.right, "Held-out images: true class → prediction, confidence"),
@@ -279,22 +281,22 @@ def _charts(
     return charts
 
 
-def _chart(run: Run, name: str, alt: str, draw: Callable[[Theme], Figure]) -> Chart:
+def chart_of(run: Run, name: str, alt: str, draw: Callable[[Theme], Figure]) -> Chart:
     """Draw a chart in both themes."""
     light = plots.save(draw(plots.LIGHT), run, name).read_bytes()
     return Chart(_url(light, "image/png"), _url(plots.png(draw(plots.DARK)), "image/png"), alt)
 
 
-def _places(module: DataModule) -> pd.DataFrame:
-    """Place and split of every image that is in a split."""
+def places_of(module: DataModule) -> pd.DataFrame:
+    """Return place and split of every image that is in a split."""
     parts = {part: module.split.rows(part) for part in ("train", "val", "test")}
     rows = np.concatenate(list(parts.values())).astype(np.int64)
     places = module.source.manifest.iloc[rows][["lon", "lat"]].reset_index(drop=True)
     return places.assign(split=np.repeat(list(parts), [len(part) for part in parts.values()]))
 
 
-def _whole_blocks(module: DataModule) -> bool:
-    """Whether no block of a held-out image holds a training image."""
+def whole_blocks_of(module: DataModule) -> bool:
+    """Return whether no block of a held-out image holds a training image."""
     split = module.split
     if split.blocks is None:
         return False
@@ -395,8 +397,8 @@ def _explain(run: Run, module: DataModule, rows: pd.DataFrame) -> tuple[list[Til
     return tiles, None
 
 
-def _thumbnail(tile: Tile) -> Thumbnail:
-    """A tile as a small JPEG, small images enlarged without smoothing so that their pixels show."""
+def thumbnail_of(tile: Tile) -> Thumbnail:
+    """Return a tile as a small JPEG, small images enlarged without smoothing so that their pixels show."""
     image = Image.fromarray(tile.image)
     factor = _THUMBNAIL / max(image.size)
     width, height = (max(1, math.floor(side * factor)) for side in image.size)

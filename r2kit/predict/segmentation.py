@@ -1,0 +1,182 @@
+"""Predict the class of every pixel of image files: masks as PNG or GeoTIFF in the images' own size and place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import rasterio
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from r2kit.data.preprocess import Preprocess, missing_pixels
+from r2kit.data.reader import find_images, open_raster
+from r2kit.data.targets import CLASS_COLOURS, IGNORE
+from r2kit.errors import DataError
+from r2kit.inference import PixelClassifier, load_images
+from r2kit.predict.classification import bad_files, read_as
+from r2kit.recipe import SegmentationSpec
+from r2kit.run import Run
+
+TABLE = "predictions"
+"""Name of the table beside the masks."""
+
+
+def predict(
+    run: Run,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    out: str | Path | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    on_bad_file: Literal["error", "skip"],
+) -> pd.DataFrame:
+    """Predict the class of every pixel, see `r2kit.predict.predict`.
+
+    `out` is a folder (a suffix .csv or .parquet is taken off). For every image it gets a mask of the image's own size,
+    whose value is the position of the class: NAME.tif with the georeference of a TIFF that has one, else NAME.png with
+    the classes' colours as its palette. 255 is where nothing was measured or, with ``resize='crop'``, seen. Beside them
+    lie predictions.csv and predictions.parquet.
+
+    Returns:
+        One row an image in the order of the paths: ``path``, ``mask`` (the file written, empty without `out`),
+        ``height``, ``width``, and ``share_<class>``, the share of the judged pixels of each class.
+    """
+    files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
+    preprocess, spec = run.preprocess, run.recipe.task
+    assert isinstance(spec, SegmentationSpec)
+    folder = None if out is None else _folder(Path(out))
+    names = mask_names(files)
+    classify = PixelClassifier(
+        run.model(),
+        preprocess,
+        spec.overlap,
+        device,
+        channels_last=run.recipe.train.channels_last,
+        batch_size=batch_size,
+    )
+    rows: list[dict[str, Any]] = []
+    skipped: list[tuple[str, str]] = []
+    pending: list[tuple[int, Tensor, NDArray[np.bool_]]] = []
+
+    def flush() -> None:
+        shapes = [(missing.shape[0], missing.shape[1]) for _, _, missing in pending]
+        found = classify([image for _, image, _ in pending], shapes)
+        for (position, _, missing), (probs, seen) in zip(pending, found, strict=True):
+            mask = np.where(seen & ~missing, probs.argmax(0), IGNORE).astype(np.uint8)
+            file, written = files[position], ""
+            if folder is not None:
+                written = str(write_mask(mask, file, folder / names[position], preprocess))
+            rows.append(_row(file, written, mask, preprocess.classes))
+        pending.clear()
+
+    for loaded in load_images(read_as(preprocess), files, _Prepare(preprocess), batch_size=1, workers=workers):
+        skipped += [(str(files[position]), reason) for position, reason in loaded.failed]
+        if loaded.index:
+            pending.append((loaded.index[0], loaded.tensors[0][0], loaded.tensors[1][0].numpy()))
+        if len(pending) >= batch_size or preprocess.resize == "tile":
+            flush()
+    flush()
+    table = pd.DataFrame(rows, columns=["path", "mask", "height", "width", *_shares(preprocess.classes)])
+    table.attrs["skipped"] = [list(item) for item in skipped]
+    if folder is not None:
+        table.to_csv(folder / f"{TABLE}.csv", index=False)
+        table.to_parquet(folder / f"{TABLE}.parquet", index=False)
+    if skipped and on_bad_file == "error":
+        raise DataError(bad_files(skipped, len(table), "" if folder is None else str(folder)))
+    return table
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """The network's input, and where nothing was measured."""
+
+    preprocess: Preprocess
+
+    def __call__(self, raw: NDArray[Any]) -> tuple[Tensor, ...]:
+        missing = missing_pixels(raw, self.preprocess.nodata)
+        nothing = np.zeros(raw.shape[:2], dtype=bool) if missing is None else missing.all(axis=2)
+        return self.preprocess.apply(raw), torch.from_numpy(np.array(nothing))
+
+
+def _folder(out: Path) -> Path:
+    """The folder of the masks, made if need be."""
+    folder = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror or error}; give another --out") from None
+    return folder
+
+
+def mask_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for the mask of each file, without a suffix: its own, numbered where two files share it."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for file in files:
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def write_mask(mask: NDArray[np.uint8], image: Path, stem: Path, preprocess: Preprocess) -> Path:
+    """Write a mask beside nothing but its name: GeoTIFF where its image is georeferenced, else PNG with a palette.
+
+    Args:
+        mask: (H, W), positions in the classes, 255 for none.
+        image: The image that it is of.
+        stem: Where to write, without a suffix.
+        preprocess: Of the run, for the names of the classes.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    palette = {i: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(preprocess.classes))}
+    try:
+        if image.suffix.lower() in (".tif", ".tiff"):
+            with open_raster(image) as dataset:
+                place = {"crs": dataset.crs, "transform": dataset.transform} if dataset.crs is not None else None
+            if place is not None:
+                path = stem.with_name(f"{stem.name}.tif")
+                options = {"height": mask.shape[0], "width": mask.shape[1], "count": 1, "dtype": "uint8"}
+                with rasterio.open(
+                    path, "w", driver="GTiff", compress="deflate", nodata=IGNORE, **options, **place
+                ) as written:
+                    written.write(mask, 1)
+                    written.write_colormap(1, {**palette, IGNORE: (0, 0, 0)})
+                    written.update_tags(1, **{f"CLASS_{i}": name for i, name in enumerate(preprocess.classes)})
+                return path
+        path = stem.with_name(f"{stem.name}.png")
+        picture = Image.fromarray(mask)
+        colours = np.zeros((256, 3), dtype=np.uint8)
+        for value, colour in palette.items():
+            colours[value] = colour
+        picture.putpalette(colours.ravel().tolist())
+        picture.save(path)
+        return path
+    except (OSError, rasterio.errors.RasterioError) as error:
+        raise DataError(f"{stem}: the mask cannot be written: {error}") from None
+
+
+def _shares(classes: Sequence[str]) -> list[str]:
+    """Names of the columns of shares."""
+    return [f"share_{name}" for name in classes]
+
+
+def _row(file: Path, written: str, mask: NDArray[np.uint8], classes: Sequence[str]) -> dict[str, Any]:
+    """What the table says of an image."""
+    count = np.bincount(mask.ravel(), minlength=256)[: len(classes)]
+    shares = count / max(int(count.sum()), 1)
+    row = {"path": str(file), "mask": written, "height": mask.shape[0], "width": mask.shape[1]}
+    return {**row, **dict(zip(_shares(classes), shares.tolist(), strict=True))}

@@ -1,0 +1,192 @@
+"""A segmentation from recipe to report, through the real command line."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.transform import Affine
+from typer.testing import CliRunner
+
+import r2kit
+from r2kit.cli import app
+from r2kit.data.targets import IGNORE
+from r2kit.errors import DataError, RecipeError, RunError
+from r2kit.evaluate import evaluate, summary_lines
+from r2kit.predict import predict
+from r2kit.recipe_file import load_recipe
+from r2kit.report import write_report
+from r2kit.train import dry_run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+]
+
+
+@pytest.fixture(scope="module")
+def ponds(tmp_path_factory):
+    """Twenty pictures 40 x 56: dark blue ponds with value 9 in the mask on green land with 4, an unknown corner."""
+    root = tmp_path_factory.mktemp("ponds")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    for i in range(20):
+        y, x = np.mgrid[:40, :56]
+        pond = (y - rng.integers(10, 30)) ** 2 + (x - rng.integers(10, 46)) ** 2 < rng.integers(60, 150)
+        image = np.where(pond[..., None], (30, 50, 120), (60, 130, 50)) + rng.normal(0, 20, (40, 56, 3))
+        mask = np.where(pond, 9, 4).astype(np.uint8)
+        mask[:4, :4] = 77
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pond_recipe(ponds):
+    return {
+        "name": "ponds",
+        "data": {
+            "root": str(ponds),
+            "image_size": 32,
+            "resize": "tile",
+            "workers": 0,
+            "masks": {"classes": {"land": 4, "pond": 9}, "ignore": [77]},
+        },
+        "task": {"kind": "segmentation", "decoder": "fpn", "loss": {"dice": 1.0}, "class_weights": "balanced"},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3},
+    }
+
+
+@pytest.fixture(scope="module")
+def pond_run(pond_recipe, tmp_path_factory):
+    return r2kit.finetune(pond_recipe, out=tmp_path_factory.mktemp("runs") / "ponds", quiet=True)
+
+
+def test_metrics_of_the_epochs(pond_run):
+    history = pd.read_csv(pond_run.metrics_csv)
+    columns = ["epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_miou"]
+    assert history.columns.tolist() == columns
+    assert len(history) == 2
+    assert history["val_miou"].between(0, 1).all()
+    assert pond_run.info["best_epoch"] == int(history["val_miou"].argmax())
+
+
+def test_the_result_is_that_of_the_stored_counts(pond_run):
+    result = json.loads(pond_run.metrics_json.read_text())
+    table = pd.read_parquet(pond_run.predictions("test"))
+    assert result["task"] == "segmentation"
+    assert result["split"] == "test"
+    confusion = np.array([np.asarray(row).reshape(2, 2) for row in table["confusion"]]).sum(0)
+    assert confusion.tolist() == result["confusion"]
+    assert confusion.sum() == len(table) * (40 * 56 - 16)  # the corner is not known
+    hit = np.diag(confusion)
+    iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
+    assert [row["iou"]["value"] for row in result["per_class"]] == pytest.approx(iou.tolist())
+    assert result["miou"]["value"] == pytest.approx(iou.mean())
+    assert result["miou"]["low"] <= iou.mean() <= result["miou"]["high"]
+    assert result["baselines"]["logistic"]["miou"]["value"] > 0.9  # ponds are of another colour
+    assert result["baselines"]["majority"]["miou"]["value"] < 0.55
+    lines = summary_lines(result)
+    assert lines[0].startswith("test mean IoU ")
+    assert any("pond: IoU" in line for line in lines)
+
+
+def test_validation_is_evaluated_as_the_best_epoch_was(pond_run):
+    found = evaluate(pond_run, split="val", batch_size=3)
+    history = pd.read_csv(pond_run.metrics_csv)
+    assert found["miou"]["value"] == pytest.approx(history["val_miou"].max(), abs=1e-3)
+    with pytest.raises(RunError, match="none of auto, train, val, test"):
+        evaluate(pond_run, split="tset")
+
+
+def test_the_report_shows_masks(pond_run):
+    page = write_report(pond_run).read_text(encoding="utf-8")
+    assert "mean IoU" in page
+    assert page.count("data:image/jpeg;base64") >= 12
+    assert "pond" in page
+    for name in ("batch", "predictions", "iou", "confusion", "curves"):
+        assert (pond_run.plots / f"{name}.png").is_file()
+
+
+def test_masks_come_in_the_size_and_place_of_their_images(pond_run, ponds, tmp_path):
+    transform = Affine(10, 0, 500_000, 0, -10, 4_600_000)
+    pixels = np.asarray(Image.open(ponds / "images" / "00.png"))
+    tall = np.concatenate([pixels, pixels])[:, :20]
+    options = {"driver": "GTiff", "count": 3, "dtype": "uint8", "photometric": "rgb", "crs": "EPSG:32633"}
+    options |= {"transform": transform, "nodata": 0}
+    tall[:3, :3] = 0
+    with rasterio.open(tmp_path / "tall.tif", "w", height=80, width=20, **options) as out:
+        out.write(tall.transpose(2, 0, 1))
+    small = tmp_path / "in" / "00.png"
+    small.parent.mkdir()
+    Image.fromarray(pixels[:9, :7]).save(small)  # smaller than a tile
+    paths = [ponds / "images" / "00.png", tmp_path / "tall.tif", small]
+    table = predict(pond_run, paths, out=tmp_path / "out")
+    assert [(row.height, row.width) for row in table.itertuples()] == [(40, 56), (80, 20), (9, 7)]
+    assert [path.rsplit("/", 1)[-1] for path in table["mask"]] == ["00.png", "tall.tif", "00-2.png"]
+    picture = Image.open(tmp_path / "out" / "00.png")
+    assert picture.mode == "P"
+    assert np.asarray(picture).shape == (40, 56)
+    assert set(np.unique(picture)) <= {0, 1}
+    with rasterio.open(tmp_path / "out" / "tall.tif") as mask:
+        assert mask.transform == transform
+        assert mask.crs.to_epsg() == 32633
+        assert mask.nodata == IGNORE
+        assert mask.tags(1)["CLASS_1"] == "pond"
+        values = mask.read(1)
+    assert (values[:3, :3] == IGNORE).sum() in (0, 9)  # 9 where the run knows the nodata of its files
+    assert table[["share_land", "share_pond"]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
+    assert pd.read_csv(tmp_path / "out" / "predictions.csv")["path"].tolist() == table["path"].tolist()
+
+
+def test_a_broken_image_does_not_stop_the_others(pond_run, ponds, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(DataError, match=r"1 of 2 images could not be read; the other 1 are in .*out"):
+        predict(pond_run, [ponds / "images" / "01.png", tmp_path / "bad.png"], out=tmp_path / "out")
+    assert (tmp_path / "out" / "01.png").is_file()
+
+
+def test_the_command_line(pond_run, ponds, tmp_path):
+    runner = CliRunner()
+    found = runner.invoke(app, ["evaluate", str(pond_run.path)])
+    assert found.exit_code == 0, found.output
+    assert "mean IoU" in found.output
+    found = runner.invoke(app, ["predict", str(pond_run.path), str(ponds / "images"), "-o", str(tmp_path / "m")])
+    assert found.exit_code == 0, found.output
+    assert len(list((tmp_path / "m").glob("*.png"))) == 20
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_resized_images_train_too(pond_recipe, resize):
+    dry_run(pond_recipe, overrides=[f"data.resize={resize}", "task.decoder=unet", "task.loss.lovasz=1.0"], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("augment.mixup=0.2", "augment.mixup: MixUp and CutMix blend labels of whole images"),
+        ("model={name: res2netplus50d, warm_start: true, pretrained: true}", "model.warm_start"),
+        ("task={kind: segmentation, decoder: pan}", "task.decoder: pan pools 128 x 128 pixels into one"),
+        ("task={kind: classification}", "data.resize: only tasks that learn from masks"),
+    ],
+)
+def test_what_does_not_go_together(pond_recipe, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(pond_recipe, [override])
+
+
+def test_class_weights_must_be_one_for_each_class(pond_recipe):
+    with pytest.raises(RecipeError, match=r"task.class_weights: 3 weights for the 2 classes land, pond"):
+        dry_run(pond_recipe, overrides=["task.class_weights=[1.0, 2.0, 3.0]"], quiet=True)
+
+
+def test_the_run_starts_another_and_a_frozen_backbone_stands_still(pond_recipe, pond_run, tmp_path):
+    recipe = {**pond_recipe, "train": {**pond_recipe["train"], "epochs": 1, "freeze": "backbone"}}
+    recipe["model"] = {"name": "test_resnet", "pretrained": str(pond_run.path)}
+    again = r2kit.finetune(recipe, out=tmp_path / "again", quiet=True)
+    before, after = pond_run.model().backbone.state_dict(), again.model().backbone.state_dict()
+    assert all((before[key] == after[key]).all() for key in before)
