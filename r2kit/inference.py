@@ -106,6 +106,7 @@ class PixelClassifier:
         device: Where to run, see `choose_device`.
         channels_last: Layout of the images in memory.
         batch_size: Images, or tiles of one image, at once.
+        tta: Average the probabilities over the eight orientations of each input, at eight times the cost.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class PixelClassifier:
         *,
         channels_last: bool = True,
         batch_size: int = 64,
+        tta: bool = False,
     ) -> None:
+        self.orientations = range(ORIENTATIONS if tta else 1)
         self.device = choose_device(device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.eval().to(self.device, torch.float32).to(memory_format=self.layout)
@@ -155,9 +158,15 @@ class PixelClassifier:
         return sliding_logits(self._logits, given, self.preprocess.size, self.overlap, self.batch_size)[0]
 
     def _logits(self, image: Tensor) -> Tensor:
-        """What the network says."""
-        logits: Tensor = self.model(image.contiguous(memory_format=self.layout))
-        return logits
+        """What the network says; the logarithm of the mean probabilities where there are several orientations."""
+        if len(self.orientations) == 1:
+            logits: Tensor = self.model(image.contiguous(memory_format=self.layout))
+            return logits
+        total = torch.zeros((), device=self.device)
+        for number in self.orientations:
+            turned = self.model(orient(image, number).contiguous(memory_format=self.layout))
+            total = total + restore(turned.float().softmax(1), number)
+        return (total / len(self.orientations)).clamp_min(1e-12).log()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,22 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mask_folder(tmp_path_factory) -> Path:
+    """Twelve pictures in images/ with masks of 0 and 255 in masks/."""
+    root = tmp_path_factory.mktemp("data") / "masked"
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    for index in range(12):
+        mask = np.zeros((40, 40), dtype=np.uint8)
+        mask[index : index + 20, 5:30] = 255
+        pixels = np.where(mask[..., None], COLOURS["water"], COLOURS["field"]) + rng.normal(0, 20, (40, 40, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{index}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
 def quick_recipe(image_folder) -> dict:
     """A recipe that trains a tiny network for two epochs in about a second."""
     return {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r2kit.recipe_file import packaged_recipes
+from r2kit.recipe_file import load_recipe, packaged_recipes
 from r2kit.train import dry_run
 
 pytestmark = [
@@ -14,9 +14,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
-def test_two_steps(name, image_folder, capsys):
-    dry_run(
-        packaged_recipes()[name],
-        overrides=[f"data.root={image_folder}", "train.batch_size=4", "data.image_size=32", "data.workers=0"],
-    )
+def test_two_steps(name, image_folder, mask_folder, capsys):
+    root = {"class": image_folder, "mask": mask_folder}[load_recipe(name).target]
+    small = ["train.batch_size=4", "data.image_size=32", "data.workers=0", "data.split=auto"]
+    dry_run(packaged_recipes()[name], overrides=[f"data.root={root}", *small])
     assert "two training steps" in capsys.readouterr().out

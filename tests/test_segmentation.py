@@ -103,6 +103,13 @@ def test_validation_is_evaluated_as_the_best_epoch_was(pond_run):
         evaluate(pond_run, split="tset")
 
 
+def test_averaging_over_orientations_stands_beside_the_result(pond_run):
+    found = evaluate(pond_run, split="val", tta=True)
+    assert found["predictions"] == "predictions_val_tta.parquet"
+    assert "averaged over eight orientations" in summary_lines(found)[0]
+    assert 0 < found["miou"]["value"] <= 1
+
+
 def test_the_report_shows_masks(pond_run):
     page = write_report(pond_run).read_text(encoding="utf-8")
     assert "mean IoU" in page
@@ -168,7 +175,7 @@ def test_resized_images_train_too(pond_recipe, resize):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("augment.mixup=0.2", "augment.mixup: MixUp and CutMix blend labels of whole images"),
+        ("augment.mixup=0.2", "augment.mixup: MixUp blends classes, and a pixel of a mask has one"),
         ("model={name: res2netplus50d, warm_start: true, pretrained: true}", "model.warm_start"),
         ("task={kind: segmentation, decoder: pan}", "task.decoder: pan pools 128 x 128 pixels into one"),
         ("task={kind: classification}", "data.resize: only tasks that learn from masks"),

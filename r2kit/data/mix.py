@@ -33,6 +33,32 @@ def draw_kind(spec: AugmentSpec, key: Sequence[int]) -> MixKind | None:
     return "cutmix" if draw < spec.mixup + spec.cutmix else None
 
 
+def cutmix_masks(image: Tensor, mask: Tensor, alpha: float, key: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of the neighbour in the batch into each image, and the same of its mask.
+
+    Args:
+        image: (B, C, H, W), normalised; not changed.
+        mask: (B, H, W); not changed.
+        alpha: Parameter of the Beta(alpha, alpha) that draws the share of the area that stays.
+        key: Non-negative integers that name the batch; the result is a pure function of them and the arguments.
+
+    Returns:
+        (B, C, H, W) and (B, H, W): each pixel keeps its own class, so no label is blended.
+
+    Source: Yun et al. 2019, arXiv:1905.04899, sec. 3.1; for masks French et al. 2020, arXiv:1906.01916.
+    """
+    rng = np.random.default_rng([*key, 2])
+    height, width = mask.shape[1:]
+    side = np.sqrt(1.0 - rng.beta(alpha, alpha))
+    centre = rng.random(2) * (height, width)
+    half = np.array([height, width]) * side / 2
+    (top, left), (bottom, right) = np.rint((centre - half, centre + half)).clip(0, (height, width)).astype(int)
+    window = (..., slice(int(top), int(bottom)), slice(int(left), int(right)))
+    mixed_image, mixed_mask = image.clone(), mask.clone()
+    mixed_image[window], mixed_mask[window] = image.roll(1, 0)[window], mask.roll(1, 0)[window]
+    return mixed_image, mixed_mask
+
+
 def mix_batch(
     image: Tensor, label: Tensor, kind: MixKind, alpha: float, num_classes: int, key: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

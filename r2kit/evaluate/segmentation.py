@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +42,9 @@ from r2kit.run import Run
 _TRAINING_PIXELS, _TRAINING_IMAGES = 20_000, 200  # of the logistic regression
 
 
-def evaluate(run: Run, *, data: str | Path | None, split: str, batch_size: int, workers: int, device: str) -> Result:
+def evaluate(
+    run: Run, *, data: str | Path | None, split: str, batch_size: int, workers: int, device: str, tta: bool
+) -> Result:
     """Evaluate a run of a segmentation, see `r2kit.evaluate.evaluate`; figures as `result.segmentation.compute`."""
     target = own_target(run, split) if data is None else other_target(run, Path(data), split)
     recipe, preprocess, spec = run.recipe, run.preprocess, run.recipe.task
@@ -54,6 +56,7 @@ def evaluate(run: Run, *, data: str | Path | None, split: str, batch_size: int, 
         device,
         channels_last=recipe.train.channels_last,
         batch_size=batch_size,
+        tta=tta,
     )
     baselines, left_out = _baselines(run, target)
     classes = len(preprocess.classes)
@@ -70,9 +73,9 @@ def evaluate(run: Run, *, data: str | Path | None, split: str, batch_size: int, 
             for name, answer in baselines.items():
                 row[f"confusion_{name}"] = _confusion(answer(raw), judged, classes)
             rows.append(row)
-    table = _table(target, rows)
-    write_parquet(table, run.predictions(target.name))
-    stored = pd.read_parquet(run.predictions(target.name))
+    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
+    write_parquet(_table(target, rows), run.predictions(named.name))
+    stored = pd.read_parquet(run.predictions(named.name))
     result = compute(
         stored,
         preprocess.classes,
@@ -81,10 +84,11 @@ def evaluate(run: Run, *, data: str | Path | None, split: str, batch_size: int, 
         seed=recipe.seed,
         group_word=target.group_word,
     )
-    result["predictions"] = run.predictions(target.name).name
+    result["predictions"] = run.predictions(named.name).name
+    result["tta"] = tta
     if left_out is not None:
         result["baselines_left_out"] = left_out
-    write_result(run, target, result)
+    write_result(run, named, result)
     return result
 
 

@@ -36,6 +36,7 @@ def predict(
     batch_size: int,
     workers: int,
     device: str,
+    tta: bool,
     on_bad_file: Literal["error", "skip"],
 ) -> pd.DataFrame:
     """Predict the class of every pixel, see `r2kit.predict.predict`.
@@ -61,6 +62,7 @@ def predict(
         device,
         channels_last=run.recipe.train.channels_last,
         batch_size=batch_size,
+        tta=tta,
     )
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []

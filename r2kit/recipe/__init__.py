@@ -70,8 +70,10 @@ class Recipe(Spec):
                 f"data.resize: only tasks that learn from masks read images in tiles; {self.task.kind} allows squash, "
                 "crop and pad"
             )
-        if self.target == "mask" and self.augment.mixup + self.augment.cutmix:
-            raise ValueError("augment.mixup: MixUp and CutMix blend labels of whole images, and this task learns masks")
+        if self.target == "mask" and self.augment.mixup:
+            raise ValueError(
+                "augment.mixup: MixUp blends classes, and a pixel of a mask has one; augment.cutmix may be set"
+            )
         if isinstance(self.task, SegmentationSpec) and self.task.decoder == "pan" and min(self.data.size) < 128:
             raise ValueError(
                 f"task.decoder: pan pools 128 x 128 pixels into one, and data.image_size is {min(self.data.size)}; "

@@ -17,6 +17,9 @@ class BlueMarbleSpec(Spec):
     """Side of a tile in source pixels; one pixel is 4 arc-minutes, about 7.4 km at the equator."""
     purity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
     """A tile is used when more than this share of its pixels belongs to one climate group."""
+    masks: Literal["surface", "salient"] = "surface"
+    """For tasks that learn from masks, which take other tiles than classes do: `surface`: sea, land and lake of tiles
+    in which two of them meet; `salient`: lakes inside land and islands inside sea, as the object."""
     max_per_class: Annotated[int, Field(ge=10)] | None = 800
     """Largest number of tiles of one class, so that ocean and polar do not drown the rest; null for no cap."""
 

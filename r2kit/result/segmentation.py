@@ -167,7 +167,8 @@ def caveats(result: Result) -> list[str]:
 
 def summary_lines(result: Result) -> list[str]:
     """Return the result as a few lines for a terminal."""
-    lines = [f"{result['split']} mean IoU {with_interval(result['miou'])} on {images_of(result)}"]
+    averaged = ", averaged over eight orientations" if result.get("tta") else ""
+    lines = [f"{result['split']} mean IoU {with_interval(result['miou'])} on {images_of(result)}{averaged}"]
     for name, base in result["baselines"].items():
         lines.append(f"  {base['what']}: {with_interval(base['miou'])}")
         if name == "logistic":

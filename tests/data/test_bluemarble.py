@@ -17,7 +17,7 @@ SMALL = BlueMarbleSpec(tile=64, max_per_class=40)  # that of the fixture `tiles`
 
 @pytest.fixture(scope="module")
 def grids():
-    return bluemarble._load_grids(*bluemarble._raw_files())
+    return bluemarble.load_grids(*bluemarble.raw_files())
 
 
 def at(grid: np.ndarray, lat: float, lon: float):
@@ -114,7 +114,7 @@ def test_tiles_are_also_an_ordinary_image_folder(tiles: BlueMarble) -> None:
 
 
 def test_built_once_and_by_spec(tiles: BlueMarble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bluemarble, "_load_grids", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(bluemarble, "load_grids", lambda *_: pytest.fail("built again"))
     assert BlueMarble(SMALL).fingerprint == tiles.fingerprint
     with pytest.raises(pytest.fail.Exception):
         build(BlueMarbleSpec(tile=64, max_per_class=41))
@@ -122,7 +122,7 @@ def test_built_once_and_by_spec(tiles: BlueMarble, monkeypatch: pytest.MonkeyPat
 
 def test_many_builders_at_once_and_one_killed(grids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R2KIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(bluemarble, "_load_grids", lambda *_: grids)
+    monkeypatch.setattr(bluemarble, "load_grids", lambda *_: grids)
     spec = BlueMarbleSpec(tile=128, max_per_class=10)
 
     write = bluemarble._write

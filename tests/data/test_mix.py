@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from r2kit.data.mix import draw_kind, mix_batch
+from r2kit.data.mix import cutmix_masks, draw_kind, mix_batch
 from r2kit.recipe import AugmentSpec
 
 
@@ -83,3 +83,22 @@ def test_kinds_come_in_the_shares_asked_for() -> None:
         assert np.mean([k == kind for k in kinds]) == pytest.approx(share, abs=0.025)
     assert {draw_kind(AugmentSpec(), (0, i)) for i in range(100)} == {None}
     assert {draw_kind(AugmentSpec(mixup=1.0), (0, i)) for i in range(100)} == {"mixup"}
+
+
+def test_cutmix_of_masks_moves_pixels_and_their_classes_together():
+    mask = torch.arange(4)[:, None, None].expand(4, 20, 30).contiguous()
+    image = mask[:, None].float().expand(4, 2, 20, 30).contiguous()
+    areas = []
+    for key in range(30):
+        mixed_image, mixed_mask = cutmix_masks(image, mask, 1.0, (7, key))
+        assert torch.equal(mixed_image[:, 0].long(), mixed_mask)
+        assert torch.equal(mixed_image[:, 0], mixed_image[:, 1])
+        changed = mixed_mask != mask
+        assert (mixed_mask[changed] == mask.roll(1, 0)[changed]).all()
+        areas.append(changed[0].float().mean().item())
+        rows, columns = changed[0].any(1).sum(), changed[0].any(0).sum()
+        assert changed[0].sum() == rows * columns  # a rectangle
+    assert torch.equal(mask[0], torch.zeros(20, 30, dtype=torch.int64))
+    assert min(areas) < 0.1 < 0.5 < max(areas)
+    again = cutmix_masks(image, mask, 1.0, (7, 3))[1]
+    assert torch.equal(again, cutmix_masks(image, mask, 1.0, (7, 3))[1])
