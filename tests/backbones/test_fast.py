@@ -411,3 +411,18 @@ def test_annealing_goes_on_in_the_fast_form(small):
     mish_to_mish_beta(net, 25.0)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(fast_copy(net.double())(x), net(x))
+
+
+def test_mish_alone():
+    for shape in ((2, 5, 3, 4), (1, 64, 9, 9), (7, 3)):
+        x = torch.randn(shape)
+        if len(shape) == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Mish())
+        assert optimize_with_reason(module).startswith("on: ")
+        y, expected = module[1](x), nn.functional.mish(x)
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(y, expected)
+        (found,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+        torch.testing.assert_close(found, wanted)

@@ -112,6 +112,35 @@ def conv_norm(part: ConvNorm, x: Tensor) -> Tensor:
     return result
 
 
+class _ActFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, act: str, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        norm_act.forward(rows(x), norm_act.activation(act, rows(x)), None, rows(out))
+        ctx.act = act
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        norm_act.backward(rows(x), norm_act.activation(ctx.act, rows(x)), None, rows(_channels_last(dy)), rows(dx))
+        return None, dx
+
+
+def activation(act: str, x: Tensor) -> Tensor:
+    """Return act(x), channels-last.
+
+    Args:
+        act: A key of `norm_act.ACTS`.
+        x: (B, C, H, W).
+    """
+    result: Tensor = _ActFunction.apply(act, _channels_last(x))
+    return result
+
+
 class _UnitFunction(Function):
     @staticmethod
     def forward(

@@ -299,7 +299,8 @@ template <class T, int A, bool FIRST> static void backward(const Args& a) {
     V d = load((const T*)a.dy + r * a.lddy + c, n);
     return a.add ? d + load((const T*)a.add + r * a.ldadd + c, n) : d;
   };
-  sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* product) {
+  const bool sums = a.batch || a.dweight || a.y2;
+  if (sums) sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* product) {
     int64_t r = from;
     auto rows = [&](auto count) {
       constexpr int K = decltype(count)::value;
@@ -433,6 +434,12 @@ class Norm:
         return self if stats is None else replace(self, batch=False, running_mean=stats[0], running_var=stats[1])
 
 
+def activation(act: str, like: Tensor) -> Norm:
+    """Return the activation alone, as a norm that changes nothing; `like` is (R, C)."""
+    zeros, ones = like.new_zeros(like.shape[1]), like.new_ones(like.shape[1])
+    return Norm(act, 1.0, True, False, 0.0, 0.0, None, None, zeros, ones)
+
+
 def forward(
     x: Tensor,
     norm: Norm,
@@ -473,7 +480,7 @@ def backward(
     res: Tensor | None = None,
     dres: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of x into `dx` and return those of weight and bias, both (C,).
+    """Write the gradient of x into `dx` and return those of weight and bias, both (C,); of a norm with neither, noise.
 
     Args:
         x: As given to `forward`.
@@ -492,7 +499,8 @@ def backward(
     _matrix(args, "add", add)
     _matrix(args, "res", res)
     _matrix(args, "y2", dres)
-    args.dweight, args.dbias = grads[0].data_ptr(), grads[1].data_ptr()
+    if norm.weight is not None or norm.bias is not None:
+        args.dweight, args.dbias = grads[0].data_ptr(), grads[1].data_ptr()
     _call(args, x.dtype, back=True)
     return grads[0], grads[1]
 
