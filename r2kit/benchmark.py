@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from r2kit.backbones import create_model
+from r2kit.backbones.fast import is_fast, optimize_with_reason
+from r2kit.errors import ModelError
 from r2kit.models import memory_format
 
 
@@ -42,20 +47,117 @@ def measure_throughput(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         clone = copy.deepcopy(model).to(device).to(memory_format=layout).train(training)
         image = torch.randn(batch_size, *image_shape, device=device).contiguous(memory_format=layout)
-        seconds = []
-        for index in range(warmup + rounds):
-            _wait(device)
+        seconds = interleaved({"": clone}, image, training=training, rounds=rounds, warmup=warmup)[""]
+    return batch_size / statistics.median(seconds)
+
+
+def interleaved(
+    nets: Mapping[str, nn.Module], image: Tensor, *, training: bool, rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each network's steps, one step of each in every round, so that drift meets all alike.
+
+    Args:
+        nets: (B, C, H, W) -> (B, K), in the mode they are to run in.
+        image: (B, C, H, W).
+        training: Time forward, loss and backward; else the forward pass in inference mode.
+        rounds: Steps timed of each network.
+        warmup: Rounds before, not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in nets}
+    for index in range(warmup + rounds):
+        for name, net in nets.items():
+            _wait(image.device)
             start = time.perf_counter()
             if training:
-                clone.zero_grad(set_to_none=True)
-                clone(image).float().logsumexp(1).mean().backward()
+                net.zero_grad(set_to_none=True)
+                net(image).float().logsumexp(1).mean().backward()
             else:
                 with torch.inference_mode():
-                    clone(image)
-            _wait(device)
+                    net(image)
+            _wait(image.device)
             if index >= warmup:
-                seconds.append(time.perf_counter() - start)
-    return batch_size / statistics.median(seconds)
+                seconds[name].append(time.perf_counter() - start)
+        if training:
+            for net in nets.values():
+                net.zero_grad(set_to_none=True)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One network's speed beside another's, measured in one interleaved run.
+
+    Attributes:
+        name: The network, with its form.
+        training: Whether a training step without optimiser was timed; else a forward pass.
+        images_per_second: Median.
+        ratio: Median over the rounds of its speed over that of the network it stands beside.
+    """
+
+    name: str
+    training: bool
+    images_per_second: float
+    ratio: float
+
+
+def compare_speed(
+    name: str, against: str, size: tuple[int, int], batch_size: int, *, rounds: int = 10, warmup: int = 2
+) -> tuple[list[Speed], str]:
+    """Measure a network, plain and fast, beside another, plain, on the CPU with random images.
+
+    Args:
+        name: Any backbone that `create_model` knows.
+        against: The one it stands beside.
+        size: (H, W) of the images.
+        batch_size: Images in a step.
+        rounds: Steps of each that are timed.
+        warmup: Steps of each before, not timed.
+
+    Returns:
+        Training and inference of `against`, `name`, and `name` in its fast form; and the line that says what the fast
+        form is, or why there is none.
+
+    Raises:
+        ModelError: If a name is unknown, or the fast form does not give the outputs of the plain one.
+    """
+    image = torch.randn(batch_size, 3, *size).contiguous(memory_format=torch.channels_last)
+    fast_name = f"{name}, fast form"
+    found = []
+    nets = {against: create_model(against), name: create_model(name)}
+    nets = {key: net.to(memory_format=torch.channels_last).eval() for key, net in nets.items()}
+    fast = copy.deepcopy(nets[name])
+    why = optimize_with_reason(fast)
+    if is_fast(fast):
+        check_same(nets[name], fast, image[:2])
+        nets[fast_name] = fast
+    for training in (True, False):
+        for net in nets.values():
+            net.train(training)
+        seconds = interleaved(nets, image, training=training, rounds=rounds, warmup=warmup)
+        found += [
+            Speed(key, training, batch_size / statistics.median(seconds[key]), ratio(seconds, key, against))
+            for key in nets
+        ]
+    return found, why
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, against: str) -> float:
+    """Return how fast `name` is beside `against`, the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(seconds[name], seconds[against], strict=True))
+
+
+def check_same(plain: nn.Module, fast: nn.Module, image: Tensor, tolerance: float = 1e-3) -> float:
+    """Return the largest difference of an output over the largest output, in evaluation mode.
+
+    Raises:
+        ModelError: If it is more than `tolerance`.
+    """
+    with torch.inference_mode():
+        expected, got = plain(image), fast(image)
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    if not difference <= tolerance:
+        raise ModelError(f"the fast form differs from the plain one by {difference:.1e} of the largest output")
+    return difference
 
 
 def _wait(device: torch.device) -> None:

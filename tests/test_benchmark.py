@@ -1,7 +1,10 @@
+import pytest
 import torch
 from torch import nn
 
-from r2kit.benchmark import measure_throughput
+from r2kit.benchmark import check_same, measure_throughput
+from r2kit.cli import main
+from r2kit.errors import ModelError
 
 
 def test_measuring_changes_nothing():
@@ -31,3 +34,30 @@ class Flat(nn.Module):
 
     def forward(self, image):
         return self.body(image).mean((2, 3))
+
+
+def test_command(capsys):
+    sizes = ["--size", "32", "--batch-size", "2", "--rounds", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["benchmark", "test_resnet", "--against", "test_byobnet", *sizes])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "32 px, batch 2" in out
+    assert "against test_byobnet" in out
+    assert out.count("test_resnet, fast form") == 2
+    assert "fast form (r2kit.optimize, train.optimize=auto): on: 1 fused units, " in out
+
+
+def test_a_wrong_fast_form_is_found():
+    net = nn.Linear(2, 2)
+    image = torch.ones(1, 2)
+    assert check_same(net, net, image) == 0
+    with pytest.raises(ModelError, match="differs from the plain one by"):
+        check_same(net, nn.Linear(2, 2), image)
+
+
+def test_unknown_name(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["benchmark", "res2netplus5"])
+    assert error.value.code == 2
+    assert "res2netplus5" in capsys.readouterr().err

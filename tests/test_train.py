@@ -16,6 +16,8 @@ from r2kit import train
 from r2kit.callbacks import Recorder
 from r2kit.errors import ModelError, RecipeError, RunError
 from r2kit.models import build_model
+from r2kit.recipe_file import load_recipe
+from r2kit.train.prepare import speed_up
 
 pytestmark = [
     # Lightning names the number of loader processes; r2kit chooses it.
@@ -299,3 +301,32 @@ def test_rare_classes_drawn_more_often_or_weighed_more(tmp_path, capsys):
         assert said in " ".join(capsys.readouterr().out.split())
         assert run.info["state"] == "finished"
         assert np.isfinite(pd.read_csv(run.metrics_csv)["train_loss"]).all()
+
+
+def test_the_fast_form_trains_the_plain_network(quick_recipe, tmp_path, capsys):
+    runs = {}
+    for optimize in ("auto", "off"):
+        recipe = {**quick_recipe, "train": {**quick_recipe["train"], "optimize": optimize}}
+        runs[optimize] = r2kit.finetune(recipe, out=tmp_path / optimize)
+        line = "optimize: off: train.optimize=off" if optimize == "off" else "optimize: on: 1 fused units, "
+        assert line in capsys.readouterr().out
+    states = {key: load_file(run.weights_file) for key, run in runs.items()}
+    assert list(states["auto"]) == list(states["off"])
+    for name, value in states["off"].items():
+        torch.testing.assert_close(states["auto"][name], value, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("train", "device", "why"),
+    [
+        ({"optimize": "off"}, "cpu", "off: train.optimize=off"),
+        ({}, "cuda", "off: the kernels are for the CPU"),
+        ({"precision": "bf16"}, "cpu", "off: the kernels are for 32-bit floats, and the precision is bf16-mixed"),
+    ],
+)
+def test_the_fast_form_is_off_with_a_reason(train, device, why):
+    net = torch.nn.Conv2d(3, 3, 1)
+    spec = load_recipe({"train": train}).train
+    precision = "bf16-mixed" if spec.precision == "bf16" else "32-true"
+    assert speed_up(net, spec, torch.device(device), precision) == why
+    assert type(net) is torch.nn.Conv2d

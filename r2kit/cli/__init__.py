@@ -31,6 +31,7 @@ for command in (
     after.predict,
     after.report,
     about.models,
+    about.benchmark,
     about.doctor,
 ):
     app.command()(command)

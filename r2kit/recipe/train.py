@@ -79,6 +79,9 @@ class TrainSpec(Spec):
     """`ddp`: one process per device, gradients averaged; `auto` is `ddp` for more than one device."""
     channels_last: bool = True
     """Keep images as (B, H, W, C) in memory, the faster layout for convolutions."""
+    optimize: Literal["auto", "off"] = "auto"
+    """`auto`: on a CPU with a C++ compiler train in the fast form, which computes the same to rounding; the run says
+    whether it does, and the trained weights are those of the plain network. `off`: the plain network."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSpec:

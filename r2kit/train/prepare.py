@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from r2kit.backbones.fast import optimize_with_reason
 from r2kit.backbones.measure import count_macs, count_parameters
 from r2kit.backbones.weights import LoadReport
 from r2kit.benchmark import measure_throughput
@@ -17,7 +18,7 @@ from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
 from r2kit.errors import RecipeError
 from r2kit.models import build_network, fit_preprocess, memory_format
-from r2kit.recipe import Recipe
+from r2kit.recipe import Recipe, TrainSpec
 from r2kit.tasks import TASKS, Task
 
 
@@ -36,6 +37,7 @@ class Job:
     macs: int
     speed: float
     loaded: list[str]
+    optimized: str
 
 
 def prepare(recipe: Recipe, console: Console) -> Job:
@@ -63,6 +65,7 @@ def prepare(recipe: Recipe, console: Console) -> Job:
     report: LoadReport | None = model.load_report  # type: ignore[assignment]
     data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
     model = model.to(memory_format=memory_format(recipe.train.channels_last))
+    optimized = speed_up(model, recipe.train, device, precision)
     task = TASKS[recipe.task.kind].from_data(recipe, model, data)
     size = recipe.data.size
     with console.status("measuring the network"):
@@ -86,7 +89,19 @@ def prepare(recipe: Recipe, console: Console) -> Job:
         count_macs(model, (bands, *size)),
         speed,
         [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
+        optimized,
     )
+
+
+def speed_up(model: nn.Module, spec: TrainSpec, device: torch.device, precision: str) -> str:
+    """Turn the network into its fast form where the recipe and the machine allow it, and say whether and why."""
+    if spec.optimize == "off":
+        return "off: train.optimize=off"
+    if device.type != "cpu":
+        return "off: the kernels are for the CPU"
+    if precision != "32-true":
+        return f"off: the kernels are for 32-bit floats, and the precision is {precision}"
+    return optimize_with_reason(model)
 
 
 def choose_device(recipe: Recipe) -> tuple[torch.device, str, str]:

@@ -61,6 +61,7 @@ def print_start(console: Console, job: Job) -> None:
         console.print(f"  {line}")
     for line in _strategy(job):
         console.print(line)
+    console.print(f"optimize: {job.optimized}")
     passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
     seconds, limit = passes / job.speed, recipe.train.time_limit_seconds
     if limit is not None and limit < seconds:
