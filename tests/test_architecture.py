@@ -25,7 +25,7 @@ LEVELS = [
     {"inference", "result"},
     {"baselines", "callbacks", "stopping", "benchmark"},
     {"plots", "explain", "evaluate", "predict", "maps", "doctor"},
-    {"report"},
+    {"report", "area"},
     {"train"},
     {"fastai"},
     {"allocate", "compare"},

@@ -29,6 +29,7 @@ for command in (
     training.compare,
     after.evaluate,
     after.predict,
+    after.area,
     after.report,
     about.models,
     about.benchmark,

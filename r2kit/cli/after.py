@@ -126,3 +126,43 @@ def report(run: RunArgument) -> None:
 
     quiet_libraries()
     typer.echo(write_report(Run.open(run)))
+
+
+def area(
+    map_file: Annotated[Path, typer.Argument(metavar="MAP", help="A map that r2kit predict made.")],
+    sample: Annotated[Path, typer.Argument(metavar="SAMPLE", help="CSV or Parquet: reference, and lon, lat or x, y.")],
+    design: Annotated[
+        str | None, typer.Option(help="How the points were drawn: stratified, simple or systematic; must be given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Estimate the area of each class from a map and a probability sample of reference labels."""
+    from r2kit.area import estimate_areas, write_area_report
+    from r2kit.console import make_console, table
+
+    found = estimate_areas(map_file, sample, design)
+    console = make_console()
+
+    def words(estimate: object, factor: float = 100.0) -> str:
+        value, low, high = (factor * getattr(estimate, end) for end in ("value", "low", "high"))
+        return f"{value:,.1f} ({low:,.1f} to {high:,.1f})"
+
+    rows = [
+        [
+            row.name,
+            f"{row.mapped * found.total_area:,.1f}",
+            words(row.share, found.total_area),
+            words(row.users),
+            words(row.producers),
+            row.sampled,
+        ]
+        for row in found.classes
+    ]
+    columns = ["class", f"mapped ({found.unit})", f"area ({found.unit})", "user's %", "producer's %", "points"]
+    console.print(table(f"{100 * found.level:.0f} % intervals, {found.points} points, {found.design}", columns, rows))
+    console.print(f"overall accuracy {words(found.overall)} %")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    if out is not None:
+        write_area_report(found, out)
+        console.print(f"written: {out}")
