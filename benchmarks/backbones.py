@@ -1,84 +1,172 @@
-"""Speed of backbones against a baseline, in one interleaved run: medians of images per second and of the ratio.
+"""Speed and memory of the fast form against timm's own networks and the published Res2NetPlus, on this machine's CPU.
 
-    python benchmarks/backbones.py res2net50d res2netplus50 --against resnet50d --size 64 --batch 32
+    python benchmarks/backbones.py --size 64 --batch 32 --json backbones-64.json
+    python benchmarks/backbones.py --size 224 --batch 8 --json backbones-224.json
 
-In each round every network does one step, one after the other, so that a machine whose speed drifts slows them alike;
-the ratio is taken round by round.
+In each round every network does one step, one after the other, so that a machine whose speed drifts slows them alike; a
+ratio is the median over the rounds. Before anything is timed the fast form's outputs are checked against those of the
+plain modules. `res2netplus50_res2fg` with torch's own Mish stands for the published Res2NetPlus file: it computes the
+same, without the in-place addition. The time outside convolutions of the fast form is what is left of a step when its
+convolutions (forward and each gradient) are timed one by one; that of the plain form is from torch's profiler.
+Peak memory is that of a process that does three training steps and nothing else: how far its resident set grew beyond
+what it was with the network built.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 import r2kit
+from r2kit.backbones.fast import optimize_with_reason
+from r2kit.backbones.fast.convolution import Conv
+from r2kit.benchmark import check_same, interleaved, ratio
+
+FAST = " (fast)"
+NETWORKS = ("resnet50d", "res2netplus50", "res2netplus50_res2fg", "res2net50_26w_4s")
+OPTIMIZED = ("res2netplus50", "res2net50_26w_4s")
+# what, training, faster, slower: the rows of the table
+ROWS = (
+    ("training: res2netplus50 plain / timm resnet50d", True, "res2netplus50", "resnet50d"),
+    ("training: res2netplus50 fast / timm resnet50d", True, "res2netplus50" + FAST, "resnet50d"),
+    ("training: res2net50_26w_4s fast / timm's own", True, "res2net50_26w_4s" + FAST, "res2net50_26w_4s"),
+    ("training: res2netplus50 fast / published Res2NetPlus", True, "res2netplus50" + FAST, "res2netplus50_res2fg"),
+    ("inference: res2netplus50 plain / timm resnet50d", False, "res2netplus50", "resnet50d"),
+    ("inference: res2netplus50 fast / timm resnet50d", False, "res2netplus50" + FAST, "resnet50d"),
+    ("inference: res2net50_26w_4s fast / timm's own", False, "res2net50_26w_4s" + FAST, "res2net50_26w_4s"),
+)
 
 
-def step(model: nn.Module, image: Tensor, training: bool) -> float:
-    """Return the seconds of one training step without optimiser, or of one forward pass in inference mode."""
-    if image.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    if training:
-        model.zero_grad(set_to_none=True)
-        model(image).float().logsumexp(1).mean().backward()
-    else:
-        with torch.inference_mode():
-            model(image)
-    if image.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def build(name: str) -> nn.Module:
+    net = r2kit.create_model(name.removesuffix(FAST)).to(memory_format=torch.channels_last)
+    if name.endswith(FAST):
+        optimize_with_reason(net)
+    return net
+
+
+def step(net: nn.Module, image: Tensor) -> None:
+    net.zero_grad(set_to_none=True)
+    net(image).logsumexp(1).mean().backward()
+
+
+def outside_convolutions_fast(net: nn.Module, image: Tensor, rounds: int) -> float:
+    """Share of a training step, with a clock around every convolution; the median."""
+    spent = 0.0
+    names = ("forward", "input_grad", "weight_grad")
+    originals = {name: getattr(Conv, name) for name in names}
+
+    def clocked(function):
+        def call(*args, **kwargs):
+            nonlocal spent
+            start = time.perf_counter()
+            found = function(*args, **kwargs)
+            spent += time.perf_counter() - start
+            return found
+
+        return call
+
+    shares = []
+    try:
+        for name, function in originals.items():
+            setattr(Conv, name, clocked(function))
+        for _ in range(rounds + 1):
+            spent, start = 0.0, time.perf_counter()
+            step(net, image)
+            shares.append(1 - spent / (time.perf_counter() - start))
+    finally:
+        for name, function in originals.items():
+            setattr(Conv, name, function)
+    return statistics.median(shares[1:])
+
+
+def outside_convolutions_plain(net: nn.Module, image: Tensor) -> float:
+    step(net, image)
+    with profile() as found:
+        step(net, image)
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    convolutions = ("aten::mkldnn_convolution", "aten::convolution_backward")
+    return 1 - sum(times[name] for name in convolutions) / sum(times.values())
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_memory(name: str, size: int, batch: int) -> float:
+    """Bytes by which the resident set of a fresh process grows in three training steps."""
+    command = [sys.executable, __file__, "--peak", name, "--size", str(size), "--batch", str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--against", default="resnet50d")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--inference", action="store_true")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="file to write")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
-
-    names = [given.against, *(name for name in given.models if name != given.against)]
     torch.manual_seed(0)
-    layout = torch.channels_last
-    nets = {name: r2kit.create_model(name).to(given.device, memory_format=layout) for name in names}
-    for net in nets.values():
-        net.train(not given.inference)
-    image = torch.randn(given.batch, 3, given.size, given.size, device=given.device).contiguous(memory_format=layout)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(given.warmup + given.rounds):
-        for name, net in nets.items():
-            found = step(net, image, training=not given.inference)
-            if round_ >= given.warmup:
-                seconds[name].append(found)
+    image = torch.randn(given.batch, 3, given.size, given.size).contiguous(memory_format=torch.channels_last)
+    if given.peak:
+        net = build(given.peak).train()
+        before = resident()
+        for _ in range(3):
+            step(net, image)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        return
 
-    device = (
-        torch.cuda.get_device_name() if given.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    )
-    what = "inference" if given.inference else "training step"
-    print(f"{what}, {given.size} px, batch {given.batch}, channels-last, {device}, torch {torch.__version__}")
-    print(f"| network | img/s (median of {given.rounds}) | against {given.against} |\n|---|---|---|")
-    rows = []
-    for name in names:
-        rate = given.batch / statistics.median(seconds[name])
-        ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds[given.against], strict=True))
-        rows.append({"name": name, "images_per_second": rate, "ratio": ratio, "seconds": seconds[name]})
-        print(f"| `{name}` | {rate:.1f} | {ratio:.2f} |")
+    nets = {name: build(name) for name in NETWORKS}
+    differences = {}
+    for name in OPTIMIZED:
+        fast = copy.deepcopy(nets[name])
+        print(f"{name}: {optimize_with_reason(fast)}")
+        differences[name] = check_same(nets[name].eval(), fast.eval(), image[:4])
+        nets[name + FAST] = fast
+    seconds = {}
+    for training in (True, False):
+        for net in nets.values():
+            net.train(training)
+        seconds[training] = interleaved(nets, image, training=training, rounds=given.rounds, warmup=2)
+    rows = {what: ratio(seconds[training], a, b) for what, training, a, b in ROWS}
+    for net in nets.values():
+        net.train()
+    fast_name = "res2netplus50" + FAST
+    rows["outside convolutions: res2netplus50 plain"] = outside_convolutions_plain(nets["res2netplus50"], image)
+    rows["outside convolutions: res2netplus50 fast"] = outside_convolutions_fast(nets[fast_name], image, given.rounds)
+    peaks = {name: peak_memory(name, given.size, given.batch) for name in ("res2netplus50", fast_name)}
+    rows["peak training memory: res2netplus50 fast / plain"] = peaks[fast_name] / peaks["res2netplus50"]
+
+    threads = torch.get_num_threads()
+    print(f"{given.size} px, batch {given.batch}, channels-last, {threads} CPU threads, torch {torch.__version__}")
+    print(f"| what | measured (median of {given.rounds}) |\n|---|---|")
+    for what, value in rows.items():
+        print(f"| {what} | {value:.2f} |")
     if given.json:
-        record = {"what": what, "settings": vars(given), "device": device, "machine": platform.machine(), "rows": rows}
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
+        record = {
+            "settings": {key: value for key, value in vars(given).items() if key not in ("json", "peak")},
+            "machine": platform.processor() or platform.machine(),
+            "threads": threads,
+            "torch": torch.__version__,
+            "rows": rows,
+            "largest_difference_of_an_output": differences,
+            "peak_bytes": peaks,
+            "seconds": {"training": seconds[True], "inference": seconds[False]},
+        }
+        Path(given.json).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

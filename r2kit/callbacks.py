@@ -176,7 +176,9 @@ class AnnealBeta(Callback):
 
 
 class Progress(Callback):
-    """A bar on a terminal; elsewhere a line now and then within a long epoch.
+    """A bar on a terminal; elsewhere a line now and then within a long epoch. At the end, the share spent on waiting.
+
+    A step waits for its images from the end of the step before it, or the start of the epoch.
 
     Args:
         console: Where to print.
@@ -188,10 +190,19 @@ class Progress(Callback):
         self.every = every
         self._bar: Bar | None = None
         self._said = 0.0
+        self._idle_since = 0.0
+        self._step_since = 0.0
+        self._waited = 0.0
+        self._worked = 0.0
+
+    @property
+    def waiting(self) -> float:
+        """Share of the training steps so far that was spent on waiting for images."""
+        return self._waited / max(self._waited + self._worked, 1e-9)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the bar of an epoch."""
-        self._said = time.perf_counter()
+        self._said = self._idle_since = time.perf_counter()
         if self.console.is_terminal and not self.console.quiet:
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -205,11 +216,24 @@ class Progress(Callback):
             self._bar.add_task(self._epoch(trainer), total=trainer.num_training_batches, loss="")
             self._bar.start()
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the time since the last step: the batch is here."""
+        self._step_since = time.perf_counter()
+        self._waited += self._step_since - self._idle_since
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how long the device had nothing to do."""
+        if self._worked:
+            self.console.print(f"waiting for images: {100 * self.waiting:.0f} % of the training steps")
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar, or print a line when the last one is long ago."""
-        now = time.perf_counter()
+        now = self._idle_since = time.perf_counter()
+        self._worked += now - self._step_since
         if self._bar is None and now - self._said < self.every:
             return
         loss = float(torch.as_tensor(outputs["loss"]).detach()) if isinstance(outputs, dict) else float("nan")

@@ -76,3 +76,21 @@ def test_the_bar_goes_away_when_training_fails():
     assert progress._bar is not None
     progress.on_exception(trainer, None, RuntimeError())
     assert progress._bar is None
+
+
+def test_the_share_of_waiting_is_said(monkeypatch):
+    clock = iter([0.0, 3.0, 4.0, 4.0, 5.0, 100.0, 100.0, 103.0])
+    monkeypatch.setattr("r2kit.callbacks.time.perf_counter", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=100)
+    progress = Progress(console, every=1000.0)
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=2, num_training_batches=2)
+    progress.on_train_epoch_start(trainer, None)  # at 0
+    for index in range(2):  # waits for 3, works for 1; waits for 0, works for 1
+        progress.on_train_batch_start(trainer, None, None, index)
+        progress.on_train_batch_end(trainer, None, None, None, index)
+    progress.on_train_epoch_start(trainer, None)  # at 100: what happened between epochs does not count
+    progress.on_train_batch_start(trainer, None, None, 0)
+    progress.on_train_batch_end(trainer, None, None, None, 0)
+    assert progress.waiting == 3 / 8
+    progress.on_train_end(trainer, None)
+    assert "waiting for images: 38 % of the training steps" in console.file.getvalue()
