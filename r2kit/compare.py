@@ -346,7 +346,7 @@ def _speed(runs: dict[str, Run]) -> dict[str, float]:
     for _ in range(_ROUNDS):
         for name, (net, run) in nets.items():
             shape = (len(run.preprocess.bands), *run.preprocess.size)
-            batch = run.recipe.train.batch_size
+            batch = run.recipe.train.pass_size
             layout = run.recipe.train.channels_last
             found[name].append(measure_throughput(net, shape, batch, training=False, channels_last=layout, rounds=1))
     return {name: statistics.median(rates) for name, rates in found.items()}

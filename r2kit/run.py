@@ -250,7 +250,7 @@ class Run:
             recipe.data,
             recipe.augment,
             seed=recipe.seed,
-            batch_size=recipe.train.batch_size,
+            batch_size=recipe.train.pass_size,
             preprocess=self.preprocess,
             split_file=self.split_file,
             target=recipe.target,

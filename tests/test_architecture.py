@@ -23,7 +23,7 @@ LEVELS = [
     {"tasks"},
     {"run"},
     {"inference", "result"},
-    {"baselines", "callbacks", "stopping", "benchmark"},
+    {"baselines", "callbacks", "stopping", "loggers", "lr_finder", "benchmark"},
     {"plots", "explain", "evaluate", "predict", "maps", "doctor"},
     {"report", "area"},
     {"train"},

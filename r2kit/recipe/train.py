@@ -6,10 +6,11 @@ import itertools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, model_validator
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from r2kit.recipe.base import Fraction, Positive, Spec
 
+AUTO_BATCH = 32  # what batch_size auto begins with, for each pass of accumulate: the default
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LIMIT = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
@@ -22,8 +23,9 @@ class TrainSpec(Spec):
     time_limit: str | None = None
     """Longest time of training, such as 90s, 30m or 1h30m, interruptions not counted; null for none. The learning rate
     runs its whole course within it, and `epochs` stays the upper bound."""
-    batch_size: Annotated[int, Field(ge=2)] = 32
-    """Images of one pass through the network on each device."""
+    batch_size: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
+    """Images of one pass through the network on each device. `auto`: 32 x `accumulate`, halved until a training step
+    fits into memory; as many more passes then make up an optimiser step, whose images stay 32 x `accumulate`."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Passes whose gradients one optimiser step averages: it sees `accumulate` x `batch_size` images on each device."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -32,8 +34,9 @@ class TrainSpec(Spec):
     """Momentum of SGD."""
     nesterov: bool = True
     """Nesterov's form of SGD's momentum; false for the plain one, as in the Res2Net paper."""
-    lr: Positive = 1e-3
-    """Highest learning rate, reached after the warm-up."""
+    lr: Positive | Literal["auto"] = 1e-3
+    """Highest learning rate, reached after the warm-up. `auto`: found before training, by a trial with growing rates on
+    a copy of the network."""
     lr_scales: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None
     """Shares of `lr` for the stem with the early stages, the last two stages, and the head, e.g. [0.05, 0.2, 1];
     null for one rate."""
@@ -73,6 +76,12 @@ class TrainSpec(Spec):
     epochs, rounded to multiples of 16 pixels; a last part with the full size follows. Empty: the full size always."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 on a GPU that has it, else fp32."""
+    tf32: StrictBool | Literal["auto"] = "auto"
+    """Let a GPU multiply fp32 matrices with TF32's shorter mantissa; `auto` where it has that."""
+    compile: StrictBool | Literal["auto"] = "auto"
+    """Compile the network with torch.compile before training; `auto` is never on a CPU, where it gained nothing."""
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = ()
+    """Where the metrics of the epochs are written beside `metrics.csv`; their files lie in the run folder."""
     devices: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"
     """Devices to train on; `auto` takes every GPU, or one CPU process."""
     strategy: Literal["auto", "ddp"] = "auto"
@@ -149,6 +158,11 @@ class TrainSpec(Spec):
         if self.schedule == "one_cycle" and self.optimizer == "sgd" and self.momentum != 0.9:
             return "momentum: one_cycle moves it between 0.95 and 0.85 itself; leave it out"
         return None
+
+    @property
+    def pass_size(self) -> int:
+        """Images of one pass through the network, as far as the recipe alone knows."""
+        return AUTO_BATCH if self.batch_size == "auto" else self.batch_size
 
     @property
     def warmup(self) -> float:

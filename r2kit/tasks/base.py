@@ -52,6 +52,7 @@ class Task(L.LightningModule):
         self.groups: Groups = self._make_groups()
         self.format = memory_format(recipe.train.channels_last)
         self.epoch_metrics: dict[str, float] = {}
+        self.lr: float = spec.lr if spec.lr != "auto" else 0.0  # `auto` is found when all is ready
         self.time_share = 0.0  # of the time limit, as far as it is used up
         self.seconds_left: float | None = None  # of the time limit
         self.reductions = 0  # of the learning rate, at plateaus
@@ -83,6 +84,7 @@ class Task(L.LightningModule):
                 {key: torch.tensor(value, dtype=torch.float64).float() for key, value in metrics.items()},
                 rank_zero_only=True,
                 sync_dist=False,
+                logger=False,  # the whole epoch goes there at its end
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -103,7 +105,7 @@ class Task(L.LightningModule):
         spec = self.recipe.train
         # One kernel for the whole update, 3 to 4 times as fast on the CPU; fp16's gradient scaler cannot clip with it.
         fused = self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.groups, spec, spec.lr, fused=fused)
+        optimizer = make_optimizer(self.groups, spec, self.lr, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * spec.warmup / spec.epochs)
         self.plan = Plan(spec.schedule, warmup, total, spec.epochs, spec.step_epochs, spec.lr_factor)

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from r2kit.callbacks import AnnealBeta, Ema, Progress, Recorder
+from r2kit.loggers import LogEpochs, make_loggers
 from r2kit.run import Run
 from r2kit.stopping import Patience, TimeLimit
 from r2kit.train.prepare import Job
@@ -26,6 +27,10 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
     plateau = spec.plateau_patience if spec.schedule == "plateau" else None
     if plateau is not None or spec.early_stop is not None:
         callbacks.append(Patience(plateau, spec.early_stop, console))
+    if spec.loggers:
+        callbacks.append(LogEpochs(run))
+    if job.compiled:
+        job.task.model.compile()
     on_gpu = job.device.type == "cuda"
     devices = spec.devices if spec.devices != "auto" else (-1 if on_gpu else 1)
     trainer = L.Trainer(
@@ -37,11 +42,11 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
         limit_train_batches=steps,
         limit_val_batches=None if steps is None else 1,
         callbacks=callbacks,
-        logger=False,
+        logger=make_loggers(spec.loggers, run) or False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        accumulate_grad_batches=spec.accumulate,
+        accumulate_grad_batches=job.batch.passes,
         gradient_clip_val=spec.gradient_clip,
         # Some CUDA kernels have no deterministic form; there Lightning warns and goes on.
         deterministic="warn" if on_gpu else True,

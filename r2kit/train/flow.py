@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from r2kit.backbones.weights import save_weights
 from r2kit.console import make_console
 from r2kit.errors import RunError
 from r2kit.evaluate import evaluate
+from r2kit.lr_finder import plot_lr
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import load_recipe
 from r2kit.report import write_report
 from r2kit.run import Run, installed_versions
+from r2kit.train.choices import record
 from r2kit.train.claim import RUN_FOLDER, claim, first_process, keep_as_written
 from r2kit.train.fit import fit
 from r2kit.train.prepare import prepare
@@ -67,7 +70,9 @@ def finetune(
 
     # A run that goes on is built from its own copy of the channel table, whatever became of the file.
     begun = unfinished if first_process() else Run(os.environ[RUN_FOLDER])
-    job = prepare(checked if begun is None else begun.own_recipe, console)
+    job = prepare(
+        checked if begun is None else begun.own_recipe, console, None if begun is None else begun.info.get("decided")
+    )
     print_start(console, job)
     if not first_process():
         run = Run(os.environ[RUN_FOLDER])
@@ -94,9 +99,13 @@ def finetune(
                 "image_size": job.data.original_size,
             },
             split=job.data.split.kind,
+            decided=record(job.batch, job.task.lr),
+            choices=[asdict(choice) for choice in job.choices],
             model={"parameters": job.parameters, "macs": job.macs, "train_images_per_second": round(job.speed, 1)},
         )
         plots.save(plots.batch_mosaic(next(iter(job.data.train_dataloader())), job.data, epoch=0), run, "batch")
+    if job.lr_trial is not None and first_process():
+        plots.save(plot_lr(job.lr_trial), run, "lr_finder")
     try:
         recorder = fit(job, run, console, resume=unfinished is not None)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,9 +18,12 @@ from r2kit.console import quiet_libraries
 from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
 from r2kit.errors import RecipeError
+from r2kit.loggers import check_loggers
+from r2kit.lr_finder import LrTrial, find_lr
 from r2kit.models import build_network, fit_preprocess, memory_format
 from r2kit.recipe import Recipe, TrainSpec
 from r2kit.tasks import TASKS, Task
+from r2kit.train.choices import Batch, Choice, choose_compile, choose_tf32, describe, fitting_batch
 
 
 @dataclass
@@ -38,18 +42,33 @@ class Job:
     speed: float
     loaded: list[str]
     optimized: str
+    batch: Batch
+    choices: list[Choice]
+    lr_trial: LrTrial | None
+    compiled: bool
 
 
-def prepare(recipe: Recipe, console: Console) -> Job:
-    """Open the data, build and measure the network."""
+def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = None) -> Job:
+    """Open the data, build and measure the network, and decide what the recipe leaves to the machine.
+
+    Args:
+        recipe: The checked recipe.
+        console: Where to say what takes a while.
+        decided: What `record` of an interrupted run's choices gave; they stay.
+    """
     quiet_libraries()
+    check_loggers(recipe.train.loggers)
     device, device_name, precision = choose_device(recipe)
+    tf32, _ = choose_tf32(recipe.train, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
     with console.status("reading the data"):
         data = DataModule(
             recipe.data,
             recipe.augment,
             seed=recipe.seed,
-            batch_size=recipe.train.batch_size,
+            batch_size=recipe.train.pass_size,
             target=recipe.target,
         )
         data.setup()
@@ -69,14 +88,28 @@ def prepare(recipe: Recipe, console: Console) -> Job:
     task = TASKS[recipe.task.kind].from_data(recipe, model, data)
     size = recipe.data.size
     with console.status("measuring the network"):
-        speed = measure_throughput(
-            model,
-            (bands, *size),
-            recipe.train.batch_size,
-            training=True,
-            device=device,
-            channels_last=recipe.train.channels_last,
-        )
+
+        def attempt(images: int) -> float:
+            return measure_throughput(
+                model,
+                (bands, *size),
+                images,
+                training=True,
+                device=device,
+                channels_last=recipe.train.channels_last,
+            )
+
+        kept = None if decided is None else Batch(decided["batch_size"], decided["accumulate"])
+        batch, speed = fitting_batch(recipe.train, attempt, kept)
+    data.batch_size = batch.size
+    trial: LrTrial | None = None
+    if decided is not None:
+        task.lr = decided["lr"]
+    elif recipe.train.lr == "auto":
+        with console.status("looking for a learning rate"):
+            trial = find_lr(task, data, device)
+        task.lr = trial.lr
+    compiled = choose_compile(recipe, device)
     return Job(
         recipe,
         data,
@@ -90,6 +123,10 @@ def prepare(recipe: Recipe, console: Console) -> Job:
         speed,
         [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
         optimized,
+        batch,
+        describe(recipe, device, precision, batch, task.lr, compiled),
+        trial,
+        compiled[0],
     )
 
 

@@ -62,6 +62,8 @@ def print_start(console: Console, job: Job) -> None:
     for line in _strategy(job):
         console.print(line)
     console.print(f"optimize: {job.optimized}")
+    for choice in job.choices:
+        console.print(f"  {choice.key}: {choice.value} ({choice.reason})")
     passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
     seconds, limit = passes / job.speed, recipe.train.time_limit_seconds
     if limit is not None and limit < seconds:
@@ -88,11 +90,9 @@ def _strategy(job: Job) -> list[str]:
     """Say how the network is trained, where it is not the plain way."""
     spec, size = job.recipe.train, job.recipe.data.size
     lines = [
-        f"training: {spec.optimizer}, {describe_groups(job.task.groups)} ({spec.lr:g} at the highest), schedule "
+        f"training: {spec.optimizer}, {describe_groups(job.task.groups)} ({job.task.lr:g} at the highest), schedule "
         f"{spec.schedule.replace('_', ' ')} after {spec.warmup:g} epochs of warm-up"
     ]
-    if spec.accumulate > 1:
-        lines.append(f"a step sees {spec.accumulate} x {spec.batch_size} images on each device")
     if spec.progressive_size:
         shares = [*spec.progressive_size, 1.0]
         firsts = [next(e for e in range(spec.epochs) if spec.size_share(e) == share) for share in shares]

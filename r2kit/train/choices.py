@@ -1,0 +1,146 @@
+"""What a recipe leaves to the machine: batch size, learning rate, precision, kernels; each choice with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from r2kit.errors import ModelError, RecipeError
+from r2kit.recipe import Recipe, TrainSpec
+from r2kit.recipe.train import AUTO_BATCH
+
+_T = TypeVar("_T")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice: what was chosen, and why."""
+
+    key: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How the images of an optimiser step go through the network on each device.
+
+    Attributes:
+        size: Images of one pass.
+        passes: Passes of one step.
+    """
+
+    size: int
+    passes: int
+
+
+def fitting_batch(spec: TrainSpec, attempt: Callable[[int], _T], decided: Batch | None = None) -> tuple[Batch, _T]:
+    """Return the batch that fits into memory, and what the attempt with it gave.
+
+    Args:
+        spec: The recipe's `train` section.
+        attempt: Runs a training step with a batch of a size; raises torch's error where memory is out.
+        decided: What an interrupted run had; it stays.
+
+    Raises:
+        ModelError: If not even two images fit, or the size that the recipe gives does not.
+    """
+    images = AUTO_BATCH * spec.accumulate
+    wanted = images if spec.batch_size == "auto" else spec.batch_size
+    size = wanted if decided is None else decided.size
+    while True:
+        try:
+            found = attempt(size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if spec.batch_size != "auto":
+                raise ModelError(
+                    f"train.batch_size: a training step with {size} images is out of memory; give less and as much "
+                    "more train.accumulate, or train.batch_size=auto"
+                ) from None
+            if size <= 2 or size % 2:
+                raise ModelError(
+                    f"train.batch_size: auto: a training step with {size} images is out of memory; use smaller images "
+                    "(data.image_size) or a smaller network (model.name)"
+                ) from None
+            size //= 2
+            continue
+        passes = spec.accumulate if spec.batch_size != "auto" else images // size
+        return Batch(size, passes), found
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that memory is out, on a GPU or a CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY)
+
+
+def choose_compile(recipe: Recipe, device: torch.device) -> tuple[bool, str]:
+    """Return whether the network is compiled, and why."""
+    spec = recipe.train
+    if spec.compile != "auto":
+        return spec.compile, "as the recipe says"
+    if device.type == "cpu":
+        return False, "compiling whole networks gained nothing on a CPU (measured)"
+    if spec.unfreeze or spec.progressive_size or recipe.model.warm_start:
+        return False, "the network or its images change while training, and each change would compile anew"
+    return True, "on a GPU"
+
+
+def choose_tf32(spec: TrainSpec, device: torch.device) -> tuple[bool, str]:
+    """Return whether TF32 is used, and why.
+
+    Raises:
+        RecipeError: If the recipe asks for it and the device does not have it.
+    """
+    has = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if spec.tf32 is True and not has:
+        raise RecipeError("train.tf32: this device has no TF32, which NVIDIA GPUs have since Ampere; use auto")
+    if spec.tf32 != "auto":
+        return spec.tf32, "as the recipe says"
+    return has, "the device has it" if has else "the device has none"
+
+
+def describe(
+    recipe: Recipe, device: torch.device, precision: str, batch: Batch, lr: float, compiled: tuple[bool, str]
+) -> list[Choice]:
+    """Return all choices of a training."""
+    spec = recipe.train
+    given = "as the recipe says"
+    images = batch.size * batch.passes
+    if spec.batch_size != "auto":
+        why = given
+    elif batch.passes == spec.accumulate:
+        why = "a training step with it fits into memory"
+    else:
+        why = f"more did not fit into memory; a step still sees {images} images, BatchNorm sees {batch.size}"
+    fused = precision != "16-mixed"
+    tf32, tf32_why = choose_tf32(spec, device)
+    layout = "faster for convolutions" if spec.channels_last else given
+    if spec.precision != "auto":
+        precision_why = given
+    else:
+        precision_why = "the GPU has bf16" if precision == "bf16-mixed" else "bf16 is only chosen on a GPU that has it"
+    return [
+        Choice("batch", f"{batch.passes} x {batch.size} images a step", why),
+        Choice("learning rate", f"{lr:g}", "a tenth of that of the lowest loss" if spec.lr == "auto" else given),
+        Choice("precision", precision, precision_why),
+        Choice("TF32", _on(tf32), tf32_why),
+        Choice("torch.compile", _on(compiled[0]), compiled[1]),
+        Choice("fused optimiser", _on(fused), "one kernel for all" if fused else "fp16's scaler cannot clip with it"),
+        Choice("channels last", _on(spec.channels_last), layout),
+    ]
+
+
+def record(batch: Batch, lr: float) -> dict[str, Any]:
+    """Return what run.json keeps, so that a run that goes on decides nothing anew."""
+    return {"batch_size": batch.size, "accumulate": batch.passes, "lr": lr}
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
