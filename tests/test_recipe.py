@@ -47,7 +47,7 @@ def test_all_problems_at_once_with_line_and_key(tmp_path):
     found = problems(path, ["train.lrr=3", "model.pretrained=[1]"])
     assert f"{path}:2: data.imag_size: unknown key; did you mean 'data.image_size'?" in found
     assert f"{path}:3: data.val_fraction: got 2 (a whole number), allowed is a number above 0 and below 1" in found
-    allowed = "one of auto, bluemarble, folder, table, torchvision; did you mean 'folder'?"
+    allowed = "one of auto, bluemarble, folder, rasters, table, torchvision; did you mean 'folder'?"
     assert f"{path}:4: data.source: got foldr (text), allowed is {allowed}" in found
     assert f"{path}:6: train.epochs: got yes (text), allowed is a whole number at least 1" in found
     assert f"{path}:7: modell: unknown key; did you mean 'model'?" in found

@@ -93,7 +93,7 @@ class ImageFiles:
         self.fingerprint = fingerprint_of(zip(listed["id"], self.manifest["label"], listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
         holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
-        self.start_method = _raster_start_method() if holds_rasters else None
+        self.start_method = raster_start_method() if holds_rasters else None
 
     def read(self, row: int) -> np.ndarray:
         """Return image `row` as (H, W, C).
@@ -262,6 +262,6 @@ def remember(memory: Path, rows: pd.DataFrame) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _raster_start_method() -> str:
-    """Loader processes that read rasters must not be forked: GDAL's locks may be held at that moment."""
+def raster_start_method() -> str:
+    """Return how loader processes that read rasters start: not by a fork, GDAL's locks may be held at that moment."""
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

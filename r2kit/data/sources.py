@@ -84,6 +84,10 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         DataError: If the data cannot be used.
         MissingExtraError: If the source needs packages of an extra that is not installed.
     """
+    if spec.resolved_source == "rasters":
+        from r2kit.data.rasters import RasterTiles
+
+        return RasterTiles(spec, target)
     if target == "mask":
         from r2kit.data.masks import open_masks
 

@@ -16,6 +16,7 @@ from r2kit.recipe.base import Spec
 from r2kit.recipe.data import BlueMarbleSpec, DataSpec
 from r2kit.recipe.masks import MaskSpec
 from r2kit.recipe.model import ModelSpec
+from r2kit.recipe.rasters import RastersSpec
 from r2kit.recipe.task import (
     TARGET_OF_KIND,
     ClassificationSpec,
@@ -34,6 +35,7 @@ __all__ = [
     "DataSpec",
     "MaskSpec",
     "ModelSpec",
+    "RastersSpec",
     "Recipe",
     "SegmentationLossSpec",
     "SegmentationSpec",

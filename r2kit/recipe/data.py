@@ -8,6 +8,7 @@ from pydantic import Field, StrictInt, model_validator
 
 from r2kit.recipe.base import Fraction, PixelSize, Spec
 from r2kit.recipe.masks import MaskSpec
+from r2kit.recipe.rasters import RastersSpec
 
 
 class BlueMarbleSpec(Spec):
@@ -42,10 +43,11 @@ PublicName = Literal[
 class DataSpec(Spec):
     """Where the images come from, how large the network sees them, and how they are split."""
 
-    source: Literal["auto", "bluemarble", "folder", "table", "torchvision"] = "auto"
-    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `torchvision`: the public
-    set `name`. `bluemarble`: the embedded satellite tiles. `auto`: `torchvision` with `name`, `bluemarble` without
-    `name` and `root`, `table` where `root` ends in .csv or .parquet, else `folder`."""
+    source: Literal["auto", "bluemarble", "folder", "rasters", "table", "torchvision"] = "auto"
+    """`folder`: one folder per class under `root`. `table`: `root` is a CSV or Parquet file. `rasters`: `root` is a
+    large georeferenced raster, or a folder of them, cut into tiles while reading. `torchvision`: the public set `name`.
+    `bluemarble`: the embedded satellite tiles. `auto`: `torchvision` with `name`, `bluemarble` without `name` and
+    `root`, `table` where `root` ends in .csv or .parquet, else `folder`."""
     name: PublicName | None = None
     """A public set that torchvision downloads into the cache folder, with its own train and test where it has them."""
     root: str | None = None
@@ -98,6 +100,7 @@ class DataSpec(Spec):
     """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()
     masks: MaskSpec = MaskSpec()
+    rasters: RastersSpec = RastersSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:
@@ -126,6 +129,14 @@ class DataSpec(Spec):
             raise ValueError("root: source 'table' needs the CSV or Parquet file, e.g. data.root=path/to/images.csv")
         if self.allow_outside and self.resolved_source != "table":
             raise ValueError(f"allow_outside: only tables name paths; source '{self.resolved_source}' cannot honour it")
+        if self.source == "rasters" and (self.root is None or self.rasters.labels is None):
+            missing = "root" if self.root is None else "rasters.labels"
+            raise ValueError(
+                f"{missing}: source 'rasters' needs the rasters and what labels them, e.g. data.root=scene.tif "
+                "data.rasters.labels=fields.gpkg"
+            )
+        if self.rasters.labels is not None and self.source != "rasters":
+            raise ValueError("rasters.labels: only source 'rasters' reads them; set data.source=rasters")
         if self.source == "torchvision" and self.name is None:
             raise ValueError("name: source 'torchvision' needs the name of a public set, e.g. data.name=eurosat")
         if self.name is not None and self.source not in ("auto", "torchvision"):
@@ -137,7 +148,7 @@ class DataSpec(Spec):
         return self
 
     @property
-    def resolved_source(self) -> Literal["bluemarble", "folder", "table", "torchvision"]:
+    def resolved_source(self) -> Literal["bluemarble", "folder", "rasters", "table", "torchvision"]:
         """The source with `auto` decided, by the name of `root` alone."""
         if self.source != "auto":
             return self.source
