@@ -247,8 +247,8 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
     """Return loss and accuracy by epoch, training and validation.
 
     Args:
-        history: The rows of metrics.csv: ``epoch`` from 0, and any of ``train_loss``, ``val_loss``, ``train_acc``,
-            ``val_acc``.
+        history: The rows of metrics.csv: ``epoch`` from 0, and any of ``train_loss``, ``val_loss``, ``train_acc``
+            (or ``train_acc_dominant`` where images are mixed), ``val_acc``.
         best_epoch: Epoch, from 0, whose weights were kept.
         theme: Colours.
     """
@@ -259,9 +259,10 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
     for axes, what, words in ((loss, "loss", "loss (nats)"), (share, "acc", "accuracy")):
         _axes(axes, theme, grid="y")
         for stage, colour, style in (("train", theme.second, "--"), ("val", theme.main, "-")):
-            column = f"{stage}_{what}"
-            if column in history:
-                name = {"train": "training (as augmented)", "val": "validation"}[stage]
+            for column, more in ((f"{stage}_{what}", ""), (f"{stage}_{what}_dominant", "; dominant label")):
+                if column not in history:
+                    continue
+                name = {"train": f"training (as augmented{more})", "val": "validation"}[stage]
                 axes.plot(epoch, history[column], style, color=colour, marker=marker, markersize=3, lw=1.6, label=name)
         axes.set_ylabel(words, color=theme.muted)
         if best_epoch is not None:
@@ -281,6 +282,8 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
     share.set_xlabel("epoch", color=theme.muted)
     share.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     _legend(loss, theme)
+    if "train_acc_dominant" in history:
+        _legend(share, theme)
     return figure
 
 

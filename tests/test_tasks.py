@@ -1,11 +1,12 @@
 import itertools
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from r2kit.recipe import Recipe
+from r2kit.recipe import AugmentSpec, Recipe
 from r2kit.schedules import Plan
 from r2kit.tasks import ClassificationTask, classification_metrics
 
@@ -66,3 +67,11 @@ def test_frozen_means_gradients_and_batch_statistics():
     changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"3.weight", "3.bias"}
     assert task.freezer.parameters == 3 * 4 * 9 + 4 + 8
+
+
+def test_accuracy_on_mixed_images_is_named_after_the_dominant_label(finished_run):
+    columns = pd.read_csv(finished_run.metrics_csv).columns
+    assert "train_acc_dominant" in columns  # this run mixes
+    assert "train_acc" not in columns
+    plain = finished_run.recipe.model_copy(update={"augment": AugmentSpec()})
+    assert "train_acc" in ClassificationTask(plain, torch.nn.Linear(1, 1), 3).columns

@@ -89,7 +89,7 @@ def read_image(
     Raises:
         DataError: If the file is missing, empty, broken, of another format, too large, or lacks a band.
     """
-    return _decode(Path(path), with_pixels=True, bands=bands, network=network)[1]
+    return _decode(Path(path), with_pixels=True, bands=bands, network=network, place=False)[1]
 
 
 def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -189,12 +189,13 @@ def _decode(
     with_pixels: bool,
     bands: Sequence[str | int] | None = None,
     network: tuple[int, int] | None = None,
+    place: bool = True,
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read header and, if asked, pixels; turn everything that goes wrong into a `DataError` naming the file."""
     try:
         kind = _sniff(path)
         if kind in _RASTER_DRIVERS:
-            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels, bands)
+            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels, bands, place)
         info, pixels = _decode_picture(path, kind, with_pixels, network)
         places = _places(bands, info, path)
         if with_pixels and places is not None:
@@ -327,12 +328,15 @@ def _raster_environment() -> Any:
     return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
 
 
-def describe_raster(dataset: Any, path: Path) -> tuple[ImageInfo, list[int], dict[int, Any] | None]:
+def describe_raster(
+    dataset: Any, path: Path, *, place: bool = True
+) -> tuple[ImageInfo, list[int], dict[int, Any] | None]:
     """Describe an open raster as `read_image` would give its pixels, whatever its size.
 
     Args:
         dataset: From `open_raster`.
         path: Its file, for messages.
+        place: Also say where it lies, which may need another coordinate system.
 
     Returns:
         The description; the positions from 0 of the bands that count (transparency does not); the palette that turns
@@ -352,15 +356,16 @@ def describe_raster(dataset: Any, path: Path) -> tuple[ImageInfo, list[int], dic
     names = RGB if palette or is_picture else _band_names(dataset, kept)
     scale = 255.0 if dtype == np.uint8 else (65535.0 if is_picture else 1.0)
     nodata = None if palette else dataset.nodata
-    return ImageInfo(names, dtype.name, scale, nodata, *_centre(dataset), *_footprint(dataset)), kept, palette
+    where = (*_centre(dataset), *_footprint(dataset)) if place else (float("nan"), float("nan"), None, None)
+    return ImageInfo(names, dtype.name, scale, nodata, *where), kept, palette
 
 
 def _decode_raster(
-    path: Path, driver: str, with_pixels: bool, bands: Sequence[str | int] | None
+    path: Path, driver: str, with_pixels: bool, bands: Sequence[str | int] | None, place: bool
 ) -> tuple[ImageInfo, np.ndarray]:
-    """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones."""
+    """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones; `place`: also say where it lies."""
     with open_raster(path, driver) as dataset:
-        info, kept, palette = describe_raster(dataset, path)
+        info, kept, palette = describe_raster(dataset, path, place=place)
         is_picture = driver == "PNG"
         dtype = np.dtype(info.dtype)
         _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)

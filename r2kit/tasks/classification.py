@@ -35,6 +35,11 @@ class ClassificationTask(Task):
         self, recipe: Recipe, model: nn.Module, num_classes: int, class_counts: Sequence[int] | None = None
     ) -> None:
         super().__init__(recipe, model, num_classes)
+        self._train_acc = "train_acc"
+        if recipe.augment.mixup + recipe.augment.cutmix:  # an image of two classes has no accuracy: its name says whose
+            self._train_acc = "train_acc_dominant"
+            columns = (self._train_acc if name == "train_acc" else name for name in self.columns)
+            self.columns = tuple(columns)  # type: ignore[misc]
         assert isinstance(recipe.task, ClassificationSpec)
         self.spec = recipe.task
         weights = None
@@ -100,7 +105,7 @@ class ClassificationTask(Task):
         if self.trainer.world_size > 1:
             sums = self.all_gather(sums.to(self.device)).sum(0).cpu()
         loss, hits, count = sums.tolist()
-        self.epoch_metrics.update(train_loss=loss / count, train_acc=hits / count)
+        self.epoch_metrics.update({"train_loss": loss / count, self._train_acc: hits / count})
 
 
 def classification_metrics(index: Tensor, logits: Tensor, label: Tensor, num_classes: int) -> dict[str, float]:
