@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,7 +22,7 @@ from r2kit.tasks import Task
 
 
 class Recorder(Checkpoint):
-    """Writes `metrics.csv` and the checkpoints at the end of each epoch.
+    """Writes `metrics.csv` at the end of each epoch, and knows which was the best.
 
     The rows are part of the checkpoint, so that a run that is continued writes the file that the unbroken run would
     have written. Times are not among them: two runs of one seed give identical files.
@@ -39,6 +37,7 @@ class Recorder(Checkpoint):
         self.console = console
         self.rows: list[dict[str, float]] = []
         self.best_epoch = -1
+        self.better = False  # whether the epoch that ended last is the best
         self.earlier_seconds = 0.0
         self._earlier_rows = 0
         self._started = time.perf_counter()
@@ -53,7 +52,7 @@ class Recorder(Checkpoint):
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the row of the epoch and save; `Checkpoint` callbacks come after the module's own hook."""
+        """Add the row of the epoch; `Checkpoint` callbacks come after the module's own hook."""
         assert isinstance(pl_module, Task)
         found = {
             "epoch": trainer.current_epoch,
@@ -62,19 +61,16 @@ class Recorder(Checkpoint):
             **pl_module.epoch_metrics,
         }
         self.rows.append({column: found[column] for column in ("epoch", "step", "lr", *pl_module.columns)})
-        better = pl_module.final_form and (
+        self.better = pl_module.final_form and (
             self.best_epoch < 0 or pl_module.score(self.rows[-1]) > pl_module.score(self.rows[self.best_epoch])
         )
-        if better:
+        if self.better:
             self.best_epoch = len(self.rows) - 1
-        save_atomic(trainer, self.run.last_checkpoint)
-        if better:
-            save_atomic(trainer, self.run.best_checkpoint)
         if trainer.is_global_zero:
             write_atomic(self.run.metrics_csv, self._csv())
-        self._print(trainer, better, pl_module.seconds_left)
+        self._print(trainer, pl_module.seconds_left)
 
-    def _print(self, trainer: L.Trainer, better: bool, seconds_left: float | None) -> None:
+    def _print(self, trainer: L.Trainer, seconds_left: float | None) -> None:
         row = self.rows[-1]
         here = (self.seconds - self.earlier_seconds) / (len(self.rows) - self._earlier_rows)
         left = here * ((trainer.max_epochs or 0) - len(self.rows))
@@ -82,7 +78,7 @@ class Recorder(Checkpoint):
         self.console.print(
             f"epoch {len(self.rows)}/{trainer.max_epochs}  "
             f"{_words(row, 'train')}  {_words(row, 'val')}  "
-            f"lr {row['lr']:.2g}  {duration(left)} left{'  (best)' if better else ''}"
+            f"lr {row['lr']:.2g}  {duration(left)} left{'  (best)' if self.better else ''}"
         )
 
     def _csv(self) -> str:
@@ -111,19 +107,6 @@ def _words(row: dict[str, float], stage: str) -> str:
     return " ".join([stage, *(f"{key} {value:.3f}" for key, value in found.items())])
 
 
-def save_atomic(trainer: L.Trainer, path: Path) -> None:
-    """Save a checkpoint so that a killed run leaves the old file or the new one, never a part of one.
-
-    Every rank calls this; rank zero writes.
-    """
-    draft = path.with_name(f".{path.name}.part")
-    trainer.save_checkpoint(draft)
-    if trainer.is_global_zero:
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-
-
 class Ema(EMAWeightAveraging):
     """Lightning's moving average with a decay that starts low.
 
@@ -142,6 +125,22 @@ class Ema(EMAWeightAveraging):
             return mean + (1.0 - ramped) * (current - mean)
 
         self._kwargs["avg_fn"] = average
+        self._swapped = False  # the network holds the average while it is validated
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average into the network."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._swapped = self._average_model is not None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights that are trained back."""
+        self.put_back(pl_module)
+
+    def put_back(self, pl_module: L.LightningModule) -> None:
+        """Put the weights that are trained back, if a validation has them out."""
+        if self._swapped:
+            self._swap_models(pl_module)
+            self._swapped = False
 
 
 class AnnealBeta(Callback):
@@ -203,6 +202,14 @@ class Progress(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the bar of an epoch."""
         self._said = self._idle_since = time.perf_counter()
+        self._start(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the bar of an epoch of which a part is done, and which does not start again."""
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer) -> None:
         if self.console.is_terminal and not self.console.quiet:
             self._bar = Bar(
                 TextColumn("{task.description}"),

@@ -77,6 +77,7 @@ def quiet_libraries() -> None:
         ".*in eval mode at the start of training.*",  # frozen norms, on purpose
         ".*number of training batches.*smaller than the logging interval.*",  # r2kit writes its own log
         ".*isinstance.treespec, LeafSpec.*",  # Lightning against the newest torch
+        ".*ended before the epoch ended and your dataloader is not resumable.*",  # the sampler starts where it stopped
         ".*Checkpoint directory .* exists and is not empty.*",  # the run folder is made by r2kit
     ):
         warnings.filterwarnings("ignore", message=message)

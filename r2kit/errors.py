@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import signal
 from collections.abc import Iterable
 
 
@@ -37,6 +38,22 @@ class ModelError(R2kitError):
 
 class RunError(R2kitError):
     """A run folder is missing, incomplete, in use, or would be overwritten."""
+
+
+class Interrupted(R2kitError):  # noqa: N818  # nothing went wrong
+    """Somebody asked the run to stop: Ctrl-C, or a scheduler.
+
+    Args:
+        number: The signal; None where another process of the run received it.
+        saved: What became of the work.
+    """
+
+    def __init__(self, number: int | None, saved: str) -> None:
+        name = signal.Signals(number).name if number is not None else "another process"
+        super().__init__(f"stopped by {name}: {saved}")
+        self.number = number
+        # A shell's words for what ended by Ctrl-C, and for what was terminated: SLURM's own signals mean the latter.
+        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class MissingExtraError(R2kitError):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -101,8 +102,13 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint of the last finished epoch."""
+        """The newest checkpoint."""
         return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before the newest, for the day on which that one is damaged."""
+        return self.path / "checkpoints" / "previous.ckpt"
 
     @property
     def plots(self) -> Path:
@@ -132,20 +138,24 @@ class Run:
         Raises:
             RunError: If the folder holds a run or anything else, or cannot be written.
         """
-        path = next_free(Path("runs"), recipe.name) if out is None else Path(out)
+        path = _new_folder(recipe.name) if out is None else Path(out)
         run = cls(path)
         if run.exists():
             if not overwrite:
                 raise RunError(f"{path}: holds a run already; give --overwrite, --resume auto, or another --out")
-            shutil.rmtree(path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            for entry in path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+        elif path.exists() and not _only_begun(path):
             raise RunError(f"{path}: exists and is not a run folder; give another --out")
         try:
             run.best_checkpoint.parent.mkdir(parents=True, exist_ok=True)
             run.plots.mkdir(exist_ok=True)
-            write_atomic(run.recipe_file, to_yaml(recipe))
         except OSError as error:
             raise RunError(f"{path}: cannot be written: {error.strerror or error}; give another --out") from None
+        write_atomic(run.recipe_file, to_yaml(recipe))
         run.write_info(
             id=uuid.uuid4().hex[:12],
             state="started",
@@ -174,8 +184,7 @@ class Run:
         for needed in (run.weights_file, run.preprocess_file):
             if not needed.is_file():
                 raise RunError(
-                    f"{path}: the run is not finished, {needed.name} is missing; go on with "
-                    f"r2kit finetune {run.recipe_file} --out {path} --resume auto"
+                    f"{path}: the run is not finished, {needed.name} is missing; go on with r2kit resume {path}"
                 )
         return run
 
@@ -258,13 +267,22 @@ class Run:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a run that is killed, sees the old text or the new one, never a part."""
+    """Write a text file so that a reader, or a run that is killed, sees the old text or the new one, never a part.
+
+    Raises:
+        RunError: If it cannot be written, on a full disk for example; the old text is still there.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def installed_versions() -> dict[str, str]:
@@ -294,6 +312,28 @@ def next_free(folder: Path, name: str) -> Path:
             if match:
                 taken.append(int(match.group(1)))
     return folder / f"{name}-{max(taken) + 1}"
+
+
+def _new_folder(name: str) -> Path:
+    """Make runs/name-n with the first free n; a run that starts at the same moment gets the next one."""
+    while True:
+        path = next_free(Path("runs"), name)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror or error}; give --out") from None
+        return path
+
+
+def _only_begun(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run that was killed at its very start leaves behind."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".part")}
+    inside = [entry for name in ("checkpoints", "plots") if (path / name).is_dir() for entry in (path / name).iterdir()]
+    return names <= {".lock", "recipe.yaml", "checkpoints", "plots"} and not inside
 
 
 def _near_run(path: Path) -> str:

@@ -22,7 +22,7 @@ def cache(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _no_leftover_environment(monkeypatch):
     """A test neither sees nor leaves the variables with which processes of one run find each other."""
-    for name in ("R2KIT_RUN_FOLDER", "LOCAL_RANK", "RANK", "PL_GLOBAL_SEED"):
+    for name in ("R2KIT_RUN", "LOCAL_RANK", "RANK", "PL_GLOBAL_SEED"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -22,6 +22,7 @@ LEVELS = [
     {"models", "freeze", "optim"},
     {"tasks"},
     {"run"},
+    {"checkpoint"},
     {"inference", "result"},
     {"baselines", "callbacks", "stopping", "loggers", "lr_finder", "benchmark"},
     {"plots", "explain", "evaluate", "predict", "maps", "doctor"},

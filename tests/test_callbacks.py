@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from r2kit.callbacks import Ema, Progress, Recorder, save_atomic
+from r2kit.callbacks import Ema, Progress, Recorder
 from r2kit.recipe import Recipe
 from r2kit.run import Run
 
@@ -18,30 +18,6 @@ def test_ema_forgets_the_random_start_of_a_short_run():
     assert value.item() == pytest.approx(1.0, abs=0.02)  # a fixed decay of 0.999 would still stand at 97
     late = average(torch.tensor(0.0), torch.tensor(1.0), 10**6)
     assert late.item() == pytest.approx(1 - 0.999)
-
-
-class FakeTrainer:
-    """Saves what it is told to, or dies in the middle of it."""
-
-    is_global_zero = True
-
-    def __init__(self, text, die=False):
-        self.text, self.die = text, die
-
-    def save_checkpoint(self, path):
-        path.write_text(self.text[: 2 if self.die else None])
-        if self.die:
-            raise OSError(28, "No space left on device")
-
-
-def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
-    path = tmp_path / "last.ckpt"
-    save_atomic(FakeTrainer("first"), path)
-    with pytest.raises(OSError, match="No space left"):
-        save_atomic(FakeTrainer("second", die=True), path)
-    assert path.read_text() == "first"
-    save_atomic(FakeTrainer("third"), path)
-    assert path.read_text() == "third"
 
 
 def test_recorder_gives_its_rows_back(tmp_path):

@@ -11,7 +11,7 @@ from r2kit import __version__
 from r2kit.cli import about, after, training
 from r2kit.cli.data import data_app
 from r2kit.cli.recipes import recipe_app
-from r2kit.errors import R2kitError
+from r2kit.errors import Interrupted, R2kitError
 
 app = typer.Typer(
     name="r2kit",
@@ -25,6 +25,7 @@ app = typer.Typer(
 # In the order in which `r2kit --help` lists them.
 for command in (
     training.finetune,
+    training.resume,
     training.allocate,
     training.compare,
     after.evaluate,
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
     try:
         app(args=[argument for argument in given if argument != "--debug"], prog_name="r2kit")
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     except R2kitError as error:
         if debug:
             raise

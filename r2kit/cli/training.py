@@ -41,6 +41,15 @@ def finetune(
         train.finetune(recipe, out=out, overrides=overrides or [], overwrite=overwrite, resume=resume == "auto")
 
 
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was interrupted.")],
+) -> None:
+    """Go on with an interrupted run from the very step, to the result it would have had."""
+    from r2kit import train
+
+    train.resume(run)
+
+
 def allocate(
     recipe: RecipeArgument,
     overrides: Overrides = None,

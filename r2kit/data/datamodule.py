@@ -74,6 +74,7 @@ class DataModule(lightning.LightningDataModule):
         self._all_test = all_test
         self.target = target
         self._ready = False
+        self._begun = (0, 0)
         self._statistics: pd.DataFrame | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -171,6 +172,15 @@ class DataModule(lightning.LightningDataModule):
             self._statistics = band_statistics(self.source, rows)
         return self._statistics
 
+    def start_at(self, epoch: int, batches: int) -> None:
+        """Let the training loaders that are made from now on leave out the first batches of one epoch.
+
+        Args:
+            epoch: The epoch in which an interrupted run goes on.
+            batches: How many batches it had of it.
+        """
+        self._begun = (epoch, batches)
+
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented training batches.
 
@@ -208,6 +218,8 @@ class DataModule(lightning.LightningDataModule):
             world=torch.distributed.get_world_size() if distributed else 1,
             expected=self.expected_draws(rows) if train and self.spec.sampler != "shuffle" else None,
         )
+        if train:
+            sampler.start_at(self._begun[0], self._begun[1] * self.batch_size)
         samples = self._samples(train)
         workers = 0 if self.spec.workers == "auto" and self.source.in_memory else loader_workers(self.spec.workers)
         return make_loader(

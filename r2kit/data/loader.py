@@ -6,6 +6,7 @@ Kept apart from the Lightning DataModule so that a loader process that starts af
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.rank = rank
         self.world = world
         self.epoch = 0
+        self._begun = (0, 0)  # an epoch, and how many of its rows this process has had already
         if train:
             self._length = len(self.rows) // world
             if self._length % batch_size == 1:
@@ -85,11 +87,23 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         """Choose the order of the next pass; Lightning calls this by itself."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, rows: int) -> None:
+        """Leave out the first rows of one epoch: those that a run had before it was interrupted.
+
+        Args:
+            epoch: The epoch; others are not changed.
+            rows: How many rows of this process to leave out.
+        """
+        self.epoch = epoch
+        self._begun = (epoch, rows)
+
     def __len__(self) -> int:
+        """Rows of a whole epoch."""
         return self._length
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        return iter(self.order(self.epoch))
+        had = self._begun[1] if self.epoch == self._begun[0] else 0
+        return iter(self.order(self.epoch)[had:])
 
     def order(self, epoch: int) -> list[tuple[int, ...]]:
         """Return what this process reads in an epoch: a pure function of the arguments and the epoch."""
@@ -224,7 +238,14 @@ def make_loader(
 
 
 def _start_worker(worker: int) -> None:
-    """One thread per loader process: the processes already use all cores."""
+    """One thread per loader process: the processes already use all cores.
+
+    A signal to stop is for the process that trains, and reaches this one too when it is sent to the group, as Ctrl-C
+    is. SIGTERM is left alone: with it the process that trains ends this one.
+    """
     torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)

@@ -91,6 +91,22 @@ class TrainSpec(Spec):
     optimize: Literal["auto", "off"] = "auto"
     """`auto`: on a CPU with a C++ compiler train in the fast form, which computes the same to rounding; the run says
     whether it does, and the trained weights are those of the plain network. `off`: the plain network."""
+    checkpoint_every: Annotated[StrictInt, Field(ge=1)] | str = "5m"
+    """Optimiser steps, or a time such as 90s, 5m or 1h, between two checkpoints within an epoch: what a killed run has
+    to compute again at most. There is one after each epoch, too."""
+    max_loss_growth: Annotated[float, Field(gt=1.0)] | None = 100.0
+    """Stop when the mean loss of 20 batches is more than this many times that of the first 20; null only stops when the
+    loss is infinite or no number."""
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Optimiser steps between two checkpoints; None where they go by time."""
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else None
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Seconds between two checkpoints; infinite where they go by steps."""
+        return float("inf") if isinstance(self.checkpoint_every, int) else _seconds(self.checkpoint_every)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSpec:
@@ -103,6 +119,8 @@ class TrainSpec(Spec):
         """Return what is wrong with the time limit."""
         if self.time_limit is not None and not _seconds(self.time_limit):
             return f"time_limit: '{self.time_limit}': allowed is a time such as 90s, 30m, 2h or 1h30m"
+        if isinstance(self.checkpoint_every, str) and not _seconds(self.checkpoint_every):
+            return f"checkpoint_every: '{self.checkpoint_every}': allowed are steps, or a time such as 90s or 5m"
         return None
 
     def _schedule_problem(self) -> str | None:

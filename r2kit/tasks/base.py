@@ -26,9 +26,10 @@ class Task(L.LightningModule):
     """A network, what it learns, and how an epoch is measured.
 
     A kind of task adds `training_step`, its `columns` and its `monitor`, and the metrics of an epoch in
-    `epoch_metrics` by the end of each validation and each training epoch. The metrics of an epoch are computed once,
-    from what was kept of every image, in the order of the images: they do not depend on the batch size or on the
-    number of devices.
+    `epoch_metrics` by the end of each validation and each training epoch. The metrics of a validation are computed
+    once, from what was kept of every image, in the order of the images: they do not depend on the batch size or on the
+    number of devices. What a training epoch adds up stands in `train_sums`, which the checkpoints hold, so that an
+    interrupted epoch can go on.
 
     Args:
         recipe: The recipe; its plain values become the hyperparameters of the checkpoint.
@@ -56,6 +57,8 @@ class Task(L.LightningModule):
         self.time_share = 0.0  # of the time limit, as far as it is used up
         self.seconds_left: float | None = None  # of the time limit
         self.reductions = 0  # of the learning rate, at plateaus
+        # A kind of task replaces it by sums of its own, on the CPU.
+        self.train_sums = torch.zeros(0, dtype=torch.float64)
         self.final_form = True  # False while the network still changes its activation: such an epoch is never the best
         self.train()  # Lightning takes the modes as it finds them
 
@@ -99,6 +102,27 @@ class Task(L.LightningModule):
         part = batch_idx % self.trainer.accumulate_grad_batches  # the passes of one step draw differently
         key = (self.recipe.seed, step, self.trainer.global_rank, *([part] if part else []))
         torch.manual_seed(derive_seed(*key))
+
+    def on_train_epoch_start(self) -> None:
+        """Start the sums of a new epoch; an epoch that goes on does not come here."""
+        self.train_sums.zero_()
+
+    def all_train_sums(self) -> Tensor:
+        """Return the sums of the epoch so far, (devices, *sums), the same in every process."""
+        if self.trainer.world_size == 1:
+            return self.train_sums[None].clone()
+        gathered: Tensor = self.all_gather(self.train_sums.to(self.device)).cpu()
+        return gathered
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of every process."""
+        checkpoint["train_sums"] = self.all_train_sums()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's sums back; one of a device that was not there starts at zero."""
+        kept = checkpoint["train_sums"]
+        if self.trainer.global_rank < len(kept):
+            self.train_sums = kept[self.trainer.global_rank].clone()
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the recipe's schedule by step."""

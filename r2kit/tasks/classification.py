@@ -48,7 +48,7 @@ class ClassificationTask(Task):
                 raise ValueError("class_counts: class weights are made from the number of images of each class")
             weights = effective_number_weights(class_counts, recipe.task.class_weights_beta)
         self.register_buffer("class_weights", weights, persistent=False)  # the data and the recipe give it again
-        self._train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
+        self.train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
 
     @classmethod
@@ -72,14 +72,10 @@ class ClassificationTask(Task):
         dominant = label.argmax(1) if label.ndim == 2 else label
         hits = (logits.detach().argmax(1) == dominant).sum()
         count = float(len(logits))
-        self._train_sums += torch.stack(
+        self.train_sums += torch.stack(
             [loss.detach().double() * count, hits.double(), hits.new_tensor(count).double()]
         ).cpu()
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of a new epoch."""
-        self._train_sums.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the outputs of the batch for the end of the epoch."""
@@ -101,10 +97,7 @@ class ClassificationTask(Task):
 
     def on_train_epoch_end(self) -> None:
         """Turn the sums of the epoch into its training metrics."""
-        sums = self._train_sums
-        if self.trainer.world_size > 1:
-            sums = self.all_gather(sums.to(self.device)).sum(0).cpu()
-        loss, hits, count = sums.tolist()
+        loss, hits, count = self.all_train_sums().sum(0).tolist()
         self.epoch_metrics.update({"train_loss": loss / count, self._train_acc: hits / count})
 
 

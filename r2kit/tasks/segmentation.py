@@ -38,7 +38,7 @@ class SegmentationTask(Task):
         self.spec = recipe.task
         self.tile = recipe.data.size if recipe.data.resize == "tile" else None
         self.class_weights = class_weights
-        self._train_sums = torch.zeros(4, dtype=torch.float64)  # loss, images, right pixels, labelled pixels
+        self.train_sums = torch.zeros(4, dtype=torch.float64)  # loss, images, right pixels, labelled pixels
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, confusion, cross-entropy
 
     @classmethod
@@ -68,12 +68,8 @@ class SegmentationTask(Task):
         known = mask != IGNORE
         right = (logits.detach().argmax(1) == mask) & known
         sums = [loss.detach() * len(mask), loss.new_tensor(len(mask)), right.sum(), known.sum()]
-        self._train_sums += torch.stack([value.double() for value in sums]).cpu()
+        self.train_sums += torch.stack([value.double() for value in sums]).cpu()
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of a new epoch."""
-        self._train_sums.zero_()
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the logits (B, K, H, W) of images of any size, in tiles where the recipe says so."""
@@ -102,9 +98,7 @@ class SegmentationTask(Task):
 
     def on_train_epoch_end(self) -> None:
         """Turn the sums of the epoch into its training metrics."""
-        sums = self._train_sums
-        if self.trainer.world_size > 1:
-            sums = self.all_gather(sums.to(self.device)).sum(0).cpu()
+        sums = self.all_train_sums().sum(0)
         loss, count, right, known = sums.tolist()
         self.epoch_metrics.update(train_loss=loss / count, train_acc=right / max(known, 1.0))
 

@@ -1,24 +1,22 @@
-"""The folder of a run, before and while it trains: whose it is, and what its processes know of it."""
+"""The folder of a run, before it trains: whether it may be used, and what is written into it first."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from r2kit import plots
+from r2kit.backbones.scalenet import ScaleNet
+from r2kit.backbones.scalenet_tables import save_structure
 from r2kit.errors import RunError
+from r2kit.lr_finder import plot_lr
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import find_recipe
-from r2kit.run import Run, write_atomic
-
-RUN_FOLDER = "R2KIT_RUN_FOLDER"  # tells the processes of the other devices where the first one made the run
-
-
-def first_process() -> bool:
-    """Whether this is the process that writes files: the only one, or rank zero."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
-    return rank == "0"
+from r2kit.run import Run, installed_versions, write_atomic
+from r2kit.train.choices import record
+from r2kit.train.prepare import Job
 
 
 def claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: bool) -> Run | None:
@@ -27,7 +25,7 @@ def claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: bo
     Raises:
         RunError: If the folder holds a run and neither `overwrite` nor `resume` is given, or a run of another recipe.
     """
-    if out is None or not Run(out).exists() or not first_process():
+    if out is None or not Run(out).exists():
         return None
     if not (overwrite or resume):
         raise RunError(f"{out}: holds a run already; give --overwrite, --resume auto, or another --out")
@@ -38,7 +36,7 @@ def claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: bo
         changed = _differences(run.recipe.model_dump(), recipe.model_dump())
         raise RunError(
             f"{out}: holds a run of another recipe, different in {', '.join(changed[:3])}; "
-            f"go on with r2kit finetune {run.recipe_file} --out {out} --resume auto"
+            f"go on with r2kit resume {out}"
         )
     return run
 
@@ -60,3 +58,48 @@ def keep_as_written(run: Run, recipe: str | Path, overrides: Sequence[str]) -> N
     if overrides:
         text = text.rstrip("\n") + "\n\n# given on the command line:\n" + "".join(f"#   {item}\n" for item in overrides)
     write_atomic(run.path / "recipe.written.yaml", text)
+
+
+def check_same_data(run: Run, fingerprint: str) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        RunError: If the fingerprint of the data is another one.
+    """
+    before = run.info.get("data", {}).get("fingerprint", fingerprint)
+    if before != fingerprint:
+        raise RunError(
+            f"{run.path}: the data have changed since it began: fingerprint {before[:12]}, now {fingerprint[:12]}; "
+            "put them back, or start again with r2kit finetune ... --overwrite"
+        )
+
+
+def changed_versions(run: Run) -> list[str]:
+    """Say which packages are not those that the run began with."""
+    before, now = run.info.get("versions", {}), installed_versions()
+    return [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+
+
+def write_beginning(job: Job, run: Run) -> None:
+    """Write what is known before the first step: preprocessing, split, facts, and a picture of a batch."""
+    job.data.preprocess.save(run.preprocess_file)
+    if isinstance(job.model, ScaleNet) and job.recipe.model.structure is not None:
+        save_structure(job.model.structure, run.structure_file)
+    job.data.split.save(run.split_file, job.data.source.manifest)
+    run.write_info(
+        state="training",
+        versions=installed_versions(),
+        device=job.device_name,
+        data={
+            "source": job.data.source.name,
+            "fingerprint": job.data.source.fingerprint,
+            "image_size": job.data.original_size,
+        },
+        split=job.data.split.kind,
+        decided=record(job.batch, job.task.lr),
+        choices=[asdict(choice) for choice in job.choices],
+        model={"parameters": job.parameters, "macs": job.macs, "train_images_per_second": round(job.speed, 1)},
+    )
+    plots.save(plots.batch_mosaic(next(iter(job.data.train_dataloader())), job.data, epoch=0), run, "batch")
+    if job.lr_trial is not None:
+        plots.save(plot_lr(job.lr_trial), run, "lr_finder")

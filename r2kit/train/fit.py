@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from r2kit.callbacks import AnnealBeta, Ema, Progress, Recorder
+from r2kit.checkpoint import CheckpointFiles, first_whole
+from r2kit.errors import Interrupted
 from r2kit.loggers import LogEpochs, make_loggers
 from r2kit.run import Run
 from r2kit.stopping import Patience, TimeLimit
+from r2kit.train.guard import Guard
+from r2kit.train.keep import Keeper
 from r2kit.train.prepare import Job
+from r2kit.train.ranks import launcher, layout
+from r2kit.train.signals import StopSignals
 
 
-def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None = None) -> Recorder:
-    """Train; on return the run folder holds the best and the last checkpoint."""
+def newest_checkpoint(run: Run, console: Console) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, None where there is none; name the damaged ones."""
+    whole, damaged = first_whole([run.last_checkpoint, run.previous_checkpoint])
+    for path in damaged:
+        console.print(
+            f"note: {path} is damaged: it does not match its checksum; {whole or 'the start'} is used instead"
+        )
+    return whole
+
+
+def fit(
+    job: Job,
+    run: Run,
+    console: Console,
+    signals: StopSignals,
+    *,
+    checkpoint: Path | None = None,
+    steps: int | None = None,
+) -> Recorder:
+    """Train; on return the run folder holds the best and the last checkpoint.
+
+    Args:
+        job: What is trained, on what.
+        run: The run folder.
+        console: Where the epochs are printed.
+        signals: Knows when somebody asks the run to stop.
+        checkpoint: Where to go on; None starts.
+        steps: End after so many steps and one batch of validation; None trains as the recipe says.
+
+    Raises:
+        Interrupted: If somebody asked the run to stop; it is saved.
+        RunError: If the loss is no number any more, or a file cannot be written.
+    """
     spec = job.recipe.train
-    recorder = Recorder(run, console)
+    recorder, guard = Recorder(run, console), Guard(run, spec.max_loss_growth)
+    ema = Ema(spec.ema_decay) if spec.ema else None
     callbacks: list[Callback] = [recorder, Progress(console)]
-    if spec.ema:
-        callbacks.append(Ema(spec.ema_decay))
+    if ema is not None:
+        callbacks.append(ema)
     if job.recipe.model.warm_start:
         callbacks.append(AnnealBeta(job.recipe.model.warm_start_until))
     if spec.time_limit_seconds is not None:
@@ -31,18 +71,23 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
         callbacks.append(LogEpochs(run))
     if job.compiled:
         job.task.model.compile()
+    callbacks += [guard, Keeper(run, recorder, guard, signals, spec, ema)]
     on_gpu = job.device.type == "cuda"
-    devices = spec.devices if spec.devices != "auto" else (-1 if on_gpu else 1)
+    devices, machines = layout(spec, on_gpu)
+    environment = launcher()
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=devices,
-        strategy="ddp" if spec.strategy == "ddp" else "auto",
+        num_nodes=machines,
+        strategy="ddp" if spec.strategy == "ddp" or devices * machines > 1 else "auto",
+        plugins=[CheckpointFiles(), *([environment] if environment is not None else [])],
         precision=job.precision,
         max_epochs=spec.epochs if steps is None else 1,
         limit_train_batches=steps,
         limit_val_batches=None if steps is None else 1,
         callbacks=callbacks,
         logger=make_loggers(spec.loggers, run) or False,
+        default_root_dir=run.path,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -52,6 +97,11 @@ def fit(job: Job, run: Run, console: Console, *, resume: bool, steps: int | None
         deterministic="warn" if on_gpu else True,
         use_distributed_sampler=False,  # the samplers of the DataModule shard themselves
     )
-    checkpoint = run.last_checkpoint if resume and run.last_checkpoint.is_file() else None
-    trainer.fit(job.task, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(job.task, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        if signals.noted is None:
+            raise
+        # The loader processes got the signal as well, and were gone before the next batch.
+        raise Interrupted(signals.noted, f"go on with r2kit resume {run.path}") from error
     return recorder

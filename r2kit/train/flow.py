@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.console import Console
 
-from r2kit import plots
-from r2kit.backbones.scalenet import ScaleNet
-from r2kit.backbones.scalenet_tables import save_structure
 from r2kit.backbones.warmstart import finalize, set_beta
 from r2kit.backbones.weights import save_weights
+from r2kit.callbacks import Recorder
+from r2kit.checkpoint import read_checkpoint
 from r2kit.console import make_console
-from r2kit.errors import RunError
+from r2kit.errors import Interrupted, RunError
 from r2kit.evaluate import evaluate
-from r2kit.lr_finder import plot_lr
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import load_recipe
 from r2kit.report import write_report
-from r2kit.run import Run, installed_versions
-from r2kit.train.choices import record
-from r2kit.train.claim import RUN_FOLDER, claim, first_process, keep_as_written
-from r2kit.train.fit import fit
-from r2kit.train.prepare import prepare
+from r2kit.run import Run
+from r2kit.train.claim import changed_versions, check_same_data, claim, keep_as_written, write_beginning
+from r2kit.train.fit import fit, newest_checkpoint
+from r2kit.train.lock import hold
+from r2kit.train.prepare import Job, prepare
+from r2kit.train.ranks import first_process, meet, part, share
+from r2kit.train.signals import StopSignals
 from r2kit.train.words import print_result, print_start
 
 
@@ -63,75 +62,100 @@ def finetune(
     console = make_console(quiet=quiet or not first_process())
     if resume and out is None:
         raise RunError("--resume auto needs the folder of the run: give --out runs/NAME")
-    unfinished = claim(checked, out, overwrite=overwrite, resume=resume)
-    if unfinished is not None and unfinished.info.get("state") == "finished":
-        console.print(f"{unfinished.path}: finished already")
-        return unfinished
-
-    # A run that goes on is built from its own copy of the channel table, whatever became of the file.
-    begun = unfinished if first_process() else Run(os.environ[RUN_FOLDER])
-    job = prepare(
-        checked if begun is None else begun.own_recipe, console, None if begun is None else begun.info.get("decided")
-    )
-    print_start(console, job)
-    if not first_process():
-        run = Run(os.environ[RUN_FOLDER])
-    elif unfinished is not None:
-        run = unfinished
-    else:
-        run = Run.create(checked, out, overwrite=overwrite)
-        if isinstance(recipe, str | Path):
-            keep_as_written(run, recipe, overrides)
-    os.environ[RUN_FOLDER] = str(run.path.resolve())
-
-    if first_process():
-        job.data.preprocess.save(run.preprocess_file)
-        if isinstance(job.model, ScaleNet) and checked.model.structure is not None:
-            save_structure(job.model.structure, run.structure_file)
-        job.data.split.save(run.split_file, job.data.source.manifest)
-        run.write_info(
-            state="training",
-            versions=installed_versions(),
-            device=job.device_name,
-            data={
-                "source": job.data.source.name,
-                "fingerprint": job.data.source.fingerprint,
-                "image_size": job.data.original_size,
-            },
-            split=job.data.split.kind,
-            decided=record(job.batch, job.task.lr),
-            choices=[asdict(choice) for choice in job.choices],
-            model={"parameters": job.parameters, "macs": job.macs, "train_images_per_second": round(job.speed, 1)},
-        )
-        plots.save(plots.batch_mosaic(next(iter(job.data.train_dataloader())), job.data, epoch=0), run, "batch")
-    if job.lr_trial is not None and first_process():
-        plots.save(plot_lr(job.lr_trial), run, "lr_finder")
-    try:
-        recorder = fit(job, run, console, resume=unfinished is not None)
-    finally:
-        os.environ.pop(RUN_FOLDER, None)
-    if not first_process():
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        stack.callback(part)
+        meet()
+        if first_process():
+            if out is not None and Run(out).exists():
+                stack.enter_context(hold(Path(out)))
+            unfinished = claim(checked, out, overwrite=overwrite, resume=resume)
+            if unfinished is not None and unfinished.info.get("state") == "finished":
+                console.print(f"{unfinished.path}: finished already")
+                share({"folder": None, "checkpoint": None})
+                return unfinished
+            run, job, checkpoint = _begin(checked, unfinished, out, overwrite, console, stack)
+            if unfinished is None and isinstance(recipe, str | Path):
+                keep_as_written(run, recipe, overrides)
+            share({"folder": str(run.path.resolve()), "checkpoint": checkpoint and str(checkpoint.resolve())})
+        else:
+            told = share({})
+            if told["folder"] is None:
+                return Run(str(out))
+            run = Run(told["folder"])
+            checkpoint = Path(told["checkpoint"]) if told["checkpoint"] is not None else None
+            job = prepare(run.own_recipe, console, run.info.get("decided"))
+        recorder = fit(job, run, console, signals, checkpoint=checkpoint)
+        part()
+        if first_process():
+            _finish(job, run, console, recorder, started)
         return run
 
+
+def _begin(
+    checked: Recipe,
+    unfinished: Run | None,
+    out: str | Path | None,
+    overwrite: bool,
+    console: Console,
+    stack: ExitStack,
+) -> tuple[Run, Job, Path | None]:
+    """Return the run, all that it trains, and the checkpoint to go on with; for the first process."""
+    if unfinished is not None:
+        # A run that goes on is built from its own copy of the channel table, whatever became of the file.
+        job = prepare(unfinished.own_recipe, console, unfinished.info.get("decided"))
+        print_start(console, job)
+        check_same_data(unfinished, job.data.source.fingerprint)
+        for line in changed_versions(unfinished):
+            console.print(f"note: {line}: the result may differ from that of the unbroken run")
+        write_beginning(job, unfinished)
+        return unfinished, job, newest_checkpoint(unfinished, console)
+    job = prepare(checked, console)
+    print_start(console, job)
+    if out is not None and not Run(out).exists():
+        stack.enter_context(hold(Path(out)))
+    run = Run.create(checked, out, overwrite=overwrite)
+    if out is None:
+        stack.enter_context(hold(run.path))
+    write_beginning(job, run)
+    return run, job, None
+
+
+def resume(run: str | Path, *, quiet: bool = False) -> Run:
+    """Go on with an interrupted run, from the newest checkpoint that is whole, to the result it would have had.
+
+    Args:
+        run: The run folder.
+        quiet: Print nothing.
+
+    Raises:
+        RunError: If there is no such run, or it cannot go on.
+    """
+    folder = Run(run)
+    if not folder.recipe_file.is_file():
+        return Run.open(run)  # says what is there instead
+    return finetune(folder.recipe, out=folder.path, resume=True, quiet=quiet)
+
+
+def _finish(job: Job, run: Run, console: Console, recorder: Recorder, started: float) -> None:
+    """Store the network of the best epoch, evaluate it, and write the report."""
+    recipe = job.recipe
     trained, train_seconds = time.perf_counter(), recorder.seconds
-    state = torch.load(run.best_checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(run.best_checkpoint)["state_dict"]
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     job.model.load_state_dict(weights)
-    if checked.model.warm_start:
+    if recipe.model.warm_start:
         set_beta(job.model, 1.0)  # as it was when the best epoch was validated
         finalize(job.model)
-    save_weights(job.model, run.weights_file, {"name": checked.model.name, "preprocess": run.preprocess.to_dict()})
+    save_weights(job.model, run.weights_file, {"name": recipe.model.name, "preprocess": run.preprocess.to_dict()})
     run.write_info(best_epoch=recorder.best_epoch, train_seconds=round(train_seconds, 1))
     metrics = evaluate(run)
-    run.write_info(
-        state="finished",
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(recorder.earlier_seconds + time.perf_counter() - started, 1),
-    )
+    seconds = round(recorder.earlier_seconds + time.perf_counter() - started, 1)
+    run.write_info(finished=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds)
     write_report(run)
+    run.write_info(state="finished")
     now = time.perf_counter()
     print_result(console, run, metrics, recorder.best_epoch, (train_seconds, now - trained, now - started))
-    return run
 
 
 def dry_run(
@@ -146,7 +170,10 @@ def dry_run(
     console = make_console(quiet=quiet)
     job = prepare(checked, console)
     print_start(console, job)
-    with tempfile.TemporaryDirectory(prefix="r2kit-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(prefix="r2kit-dry-run-") as folder, StopSignals() as signals:
         run = Run.create(checked, Path(folder) / "run")
-        fit(job, run, console, resume=False, steps=2)
+        try:
+            fit(job, run, console, signals, steps=2)
+        except Interrupted as error:
+            raise Interrupted(error.number, "a dry run keeps nothing") from None
     console.print("dry run: two training steps and one validation batch went through; nothing was kept")

@@ -1,0 +1,66 @@
+"""What happens when somebody asks a run to stop: Ctrl-C, a scheduler's SIGTERM, SLURM's SIGUSR1 or SIGUSR2."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from r2kit.errors import Interrupted
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has the first two
+
+
+class StopSignals:
+    """While entered, a signal to stop is noted in training, which stops after the step, and stops all else at once.
+
+    A second signal in training stops at once too: what was saved last stays.
+
+    Attributes:
+        training: Whether there is something to save; the training loop says so.
+        noted: The signal that came while training; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.training = False
+        self.noted: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
+            for number in _numbers():
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def take_back(self) -> None:
+        """Put the handlers back in place where a library has put its own."""
+        for number in _numbers():
+            if number in self._before:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.training or self.noted is not None:
+            raise Interrupted(number, "nothing was saved now; what was saved before stays")
+        self.noted = number
+        if hasattr(signal, "SIGCHLD"):
+            # A signal to the whole group ends the loader processes, of which torch would make an error in the middle of
+            # this step. The step has its images, and is the last.
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _no_more)
+        if number == signal.SIGINT:
+            print("stopping after this step; Ctrl-C again stops at once, without saving", flush=True)
+
+
+def _no_more(number: int, frame: FrameType | None) -> None:
+    """Let child processes end."""
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

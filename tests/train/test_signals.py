@@ -1,0 +1,34 @@
+import signal
+
+import pytest
+
+from r2kit.errors import Interrupted
+from r2kit.train.signals import StopSignals
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143), ("SIGUSR2", 143)])
+def test_outside_training_a_signal_stops_at_once(name, code):
+    with StopSignals(), pytest.raises(Interrupted, match=f"stopped by {name}: nothing was saved now") as caught:
+        signal.raise_signal(getattr(signal, name))
+    assert caught.value.exit_code == code
+
+
+def test_in_training_the_first_is_noted_and_the_second_stops_at_once(capsys):
+    with StopSignals() as signals:
+        signals.training = True
+        signal.raise_signal(signal.SIGINT)
+        assert signals.noted == signal.SIGINT
+        assert "Ctrl-C again stops at once" in capsys.readouterr().out
+        with pytest.raises(Interrupted) as caught:
+            signal.raise_signal(signal.SIGINT)
+    assert caught.value.exit_code == 130
+
+
+def test_the_handlers_of_before_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a library may do
+        signals.take_back()
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
