@@ -25,7 +25,7 @@ LEVELS = [
     {"checkpoint"},
     {"inference", "result"},
     {"baselines", "callbacks", "stopping", "loggers", "lr_finder", "benchmark"},
-    {"plots", "explain", "evaluate", "predict", "maps", "doctor"},
+    {"plots", "explain", "evaluate", "predict", "maps", "export", "doctor"},
     {"report", "area"},
     {"train"},
     {"fastai"},

@@ -30,6 +30,7 @@ for command in (
     training.compare,
     after.evaluate,
     after.predict,
+    after.export,
     after.area,
     after.report,
     about.models,

@@ -128,6 +128,36 @@ def report(run: RunArgument) -> None:
     typer.echo(write_report(Run.open(run)))
 
 
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="Formats, separated by commas: onnx, torch-export, openvino.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default export in the run's folder.")] = None,
+) -> None:
+    """Write the network for other programs, each file checked against PyTorch on real images."""
+    from r2kit.console import make_console, quiet_libraries, table
+    from r2kit.export import export as write_exports
+    from r2kit.run import Run
+
+    quiet_libraries()
+    opened = Run.open(run)
+    made = write_exports(opened, [name.strip() for name in to.split(",")], out=out)
+    rows = [
+        [
+            one.format,
+            one.file,
+            f"{one.difference:.1e}",
+            one.megabytes,
+            *(f"{ms:.1f}" for ms in one.milliseconds.values()),
+        ]
+        for one in made
+    ]
+    batches = [f"ms, batch {batch}" for batch in made[0].milliseconds]
+    columns = ["format", "file", "largest difference", "MB", *batches]
+    console = make_console()
+    console.print(table("against PyTorch, on this CPU", columns, rows, numbers_from=2))
+    console.print(f"written: {out or opened.path / 'export'}, with export.json and a golden pair of images and answers")
+
+
 def area(
     map_file: Annotated[Path, typer.Argument(metavar="MAP", help="A map that r2kit predict made.")],
     sample: Annotated[Path, typer.Argument(metavar="SAMPLE", help="CSV or Parquet: reference, and lon, lat or x, y.")],
