@@ -14,9 +14,10 @@ from r2kit.backbones import create_model
 from r2kit.backbones.warmstart import Images, warm_start
 from r2kit.backbones.weights import LoadReport, load_weights
 from r2kit.data.preprocess import Interpolation, Preprocess
+from r2kit.dense.saliency import build_saliency
 from r2kit.dense.segmenter import build_segmenter
 from r2kit.errors import ModelError, RunError
-from r2kit.recipe import ModelSpec, Recipe, SegmentationSpec
+from r2kit.recipe import ModelSpec, Recipe, SaliencySpec, SegmentationSpec
 
 if TYPE_CHECKING:
     from r2kit.run import Run
@@ -49,6 +50,8 @@ def build_network(
         return build_segmenter(
             recipe.model, task, num_classes=num_classes, in_chans=len(bands), rgb_bands=_rgb_positions(bands)
         )
+    if isinstance(task, SaliencySpec):
+        return build_saliency(recipe.model, task, in_chans=len(bands), rgb_bands=_rgb_positions(bands))
     return build_model(recipe.model, num_classes=num_classes, bands=bands, images=images)
 
 

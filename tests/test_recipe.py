@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from r2kit.errors import RecipeError
-from r2kit.recipe import ClassificationSpec, DataSpec, Recipe, SegmentationSpec
+from r2kit.recipe import ClassificationSpec, DataSpec, Recipe, SaliencySpec, SegmentationSpec
 from r2kit.recipe_file import (
     all_keys,
     find_recipe,
@@ -122,7 +122,7 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path):
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
 
 
-KINDS = {"classification": ClassificationSpec, "segmentation": SegmentationSpec}
+KINDS = {"classification": ClassificationSpec, "segmentation": SegmentationSpec, "saliency": SaliencySpec}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +172,7 @@ def test_overrides_of_a_task_may_come_before_its_kind():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"output_stride": 8}, "task.output_stride: only deeplabv3, deeplabv3plus and pan"),
+        ({"output_stride": 8}, "task.output_stride: only deeplabv3 and deeplabv3plus have a choice"),
         ({"loss": {"cross_entropy": 0.0}}, "task.loss.cross_entropy: every loss has weight 0"),
     ],
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from r2kit import result
-from r2kit.evaluate import classification, segmentation
+from r2kit.evaluate import classification, saliency, segmentation
 from r2kit.evaluate.target import Result
+from r2kit.result import saliency as result_of_saliency
 from r2kit.result import segmentation as result_of_segmentation
 from r2kit.run import Run, unknown_kind
 
@@ -46,7 +47,11 @@ def evaluate(
         DataError: If images are missing or unreadable, or a class or the bands are not the run's.
         RunError: If the run holds no image of the split.
     """
-    measures = {"classification": classification.evaluate, "segmentation": segmentation.evaluate}
+    measures = {
+        "classification": classification.evaluate,
+        "segmentation": segmentation.evaluate,
+        "saliency": saliency.evaluate,
+    }
     kind = run.recipe.task.kind
     if kind not in measures:
         raise unknown_kind(run, "evaluate")
@@ -55,5 +60,9 @@ def evaluate(
 
 def summary_lines(found: Result) -> list[str]:
     """Return a result as a few lines for a terminal."""
-    lines = {"classification": result.summary_lines, "segmentation": result_of_segmentation.summary_lines}
+    lines = {
+        "classification": result.summary_lines,
+        "segmentation": result_of_segmentation.summary_lines,
+        "saliency": result_of_saliency.summary_lines,
+    }
     return lines[found.get("task", "classification")](found)

@@ -61,7 +61,7 @@ def evaluate(
     baselines, left_out = _baselines(run, target)
     classes = len(preprocess.classes)
     rows: list[dict[str, Any]] = []
-    for pairs in _batches(target, preprocess, batch_size, workers):
+    for pairs in batches(target, preprocess, batch_size, workers):
         images, raws, masks = zip(*pairs, strict=True)
         for raw, mask, (probs, seen) in zip(raws, masks, classify(images, [mask.shape for mask in masks]), strict=True):
             pred = probs.argmax(0)
@@ -74,7 +74,7 @@ def evaluate(
                 row[f"confusion_{name}"] = _confusion(answer(raw), judged, classes)
             rows.append(row)
     named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
-    write_parquet(_table(target, rows), run.predictions(named.name))
+    write_parquet(table_of(target, rows), run.predictions(named.name))
     stored = pd.read_parquet(run.predictions(named.name))
     result = compute(
         stored,
@@ -126,7 +126,7 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 Pair = tuple[Tensor, NDArray[Any], NDArray[np.uint8]]
 
 
-def _batches(target: Target, preprocess: Preprocess, batch_size: int, workers: int) -> Iterator[list[Pair]]:
+def batches(target: Target, preprocess: Preprocess, batch_size: int, workers: int) -> Iterator[list[Pair]]:
     """Yield some images at a time: the network's input, the raw pixels, the mask."""
     source = cast(DenseSource, target.source)
     read, pending = _Read(source, preprocess.nodata, target.positions), []
@@ -156,8 +156,8 @@ def _confusion(pred: NDArray[Any], mask: NDArray[np.uint8], classes: int) -> lis
     return counted
 
 
-def _table(target: Target, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row an image: identity, counts, group, place."""
+def table_of(target: Target, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row an image: identity, what was counted, group, place."""
     manifest = target.source.manifest.iloc[target.rows]
     group = [None] * len(rows) if target.group is None else [text_of(g) for g in target.group]
     return pd.DataFrame(

@@ -46,7 +46,11 @@ def predict(
     Raises:
         DataError: If there is no image, or one could not be read and `on_bad_file` is ``error``.
     """
-    kinds = {"classification": classification.predict, "segmentation": segmentation.predict}
+    kinds = {
+        "classification": classification.predict,
+        "segmentation": segmentation.predict,
+        "saliency": segmentation.predict,
+    }
     kind = run.recipe.task.kind
     if kind not in kinds:
         raise unknown_kind(run, "predict")

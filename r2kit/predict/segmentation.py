@@ -1,4 +1,4 @@
-"""Predict the class of every pixel of image files: masks as PNG or GeoTIFF in the images' own size and place."""
+"""Predict every pixel of image files: masks, or maps of what stands out, as PNG or GeoTIFF in the images' own place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.errors import DataError
 from r2kit.inference import PixelClassifier, load_images
 from r2kit.predict.classification import bad_files, read_as
-from r2kit.recipe import SegmentationSpec
+from r2kit.recipe import SaliencySpec, SegmentationSpec
 from r2kit.run import Run
 
 TABLE = "predictions"
@@ -43,8 +43,9 @@ def predict(
 
     `out` is a folder (a suffix .csv or .parquet is taken off). For every image it gets a mask of the image's own size,
     whose value is the position of the class: NAME.tif with the georeference of a TIFF that has one, else NAME.png with
-    the classes' colours as its palette. 255 is where nothing was measured or, with ``resize='crop'``, seen. Beside them
-    lie predictions.csv and predictions.parquet.
+    the classes' colours as its palette. 255 is where nothing was measured or, with ``resize='crop'``, seen. A run of
+    salient objects gives grey pictures instead: 255 times the probability of the object, 0 where nothing is known.
+    Beside them lie predictions.csv and predictions.parquet.
 
     Returns:
         One row an image in the order of the paths: ``path``, ``mask`` (the file written, empty without `out`),
@@ -52,7 +53,8 @@ def predict(
     """
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
     preprocess, spec = run.preprocess, run.recipe.task
-    assert isinstance(spec, SegmentationSpec)
+    assert isinstance(spec, SegmentationSpec | SaliencySpec)
+    grey = isinstance(spec, SaliencySpec)
     folder = None if out is None else _folder(Path(out))
     names = mask_names(files)
     classify = PixelClassifier(
@@ -75,7 +77,8 @@ def predict(
             mask = np.where(seen & ~missing, probs.argmax(0), IGNORE).astype(np.uint8)
             file, written = files[position], ""
             if folder is not None:
-                written = str(write_mask(mask, file, folder / names[position], preprocess))
+                shown = np.where(mask == IGNORE, 0, np.rint(255 * probs[1])).astype(np.uint8) if grey else mask
+                written = str(write_mask(shown, file, folder / names[position], () if grey else preprocess.classes))
             rows.append(_row(file, written, mask, preprocess.classes))
         pending.clear()
 
@@ -132,39 +135,45 @@ def mask_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def write_mask(mask: NDArray[np.uint8], image: Path, stem: Path, preprocess: Preprocess) -> Path:
+def write_mask(mask: NDArray[np.uint8], image: Path, stem: Path, classes: Sequence[str]) -> Path:
     """Write a mask beside nothing but its name: GeoTIFF where its image is georeferenced, else PNG with a palette.
 
     Args:
         mask: (H, W), positions in the classes, 255 for none.
         image: The image that it is of.
         stem: Where to write, without a suffix.
-        preprocess: Of the run, for the names of the classes.
+        classes: Their names; none for a grey picture.
 
     Raises:
         DataError: If it cannot be written.
     """
-    palette = {i: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(preprocess.classes))}
+    palette = {i: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(classes))}
     try:
         if image.suffix.lower() in (".tif", ".tiff"):
             with open_raster(image) as dataset:
                 place = {"crs": dataset.crs, "transform": dataset.transform} if dataset.crs is not None else None
             if place is not None:
                 path = stem.with_name(f"{stem.name}.tif")
-                options = {"height": mask.shape[0], "width": mask.shape[1], "count": 1, "dtype": "uint8"}
-                with rasterio.open(
-                    path, "w", driver="GTiff", compress="deflate", nodata=IGNORE, **options, **place
-                ) as written:
+                options: dict[str, Any] = {
+                    "height": mask.shape[0],
+                    "width": mask.shape[1],
+                    "count": 1,
+                    "dtype": "uint8",
+                }
+                options |= {} if not classes else {"nodata": IGNORE}
+                with rasterio.open(path, "w", driver="GTiff", compress="deflate", **options, **place) as written:
                     written.write(mask, 1)
-                    written.write_colormap(1, {**palette, IGNORE: (0, 0, 0)})
-                    written.update_tags(1, **{f"CLASS_{i}": name for i, name in enumerate(preprocess.classes)})
+                    if classes:
+                        written.write_colormap(1, {**palette, IGNORE: (0, 0, 0)})
+                        written.update_tags(1, **{f"CLASS_{i}": name for i, name in enumerate(classes)})
                 return path
         path = stem.with_name(f"{stem.name}.png")
         picture = Image.fromarray(mask)
-        colours = np.zeros((256, 3), dtype=np.uint8)
-        for value, colour in palette.items():
-            colours[value] = colour
-        picture.putpalette(colours.ravel().tolist())
+        if classes:
+            colours = np.zeros((256, 3), dtype=np.uint8)
+            for value, colour in palette.items():
+                colours[value] = colour
+            picture.putpalette(colours.ravel().tolist())
         picture.save(path)
         return path
     except (OSError, rasterio.errors.RasterioError) as error:

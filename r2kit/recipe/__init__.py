@@ -20,6 +20,8 @@ from r2kit.recipe.rasters import RastersSpec
 from r2kit.recipe.task import (
     TARGET_OF_KIND,
     ClassificationSpec,
+    SaliencyLossSpec,
+    SaliencySpec,
     SegmentationLossSpec,
     SegmentationSpec,
     Target,
@@ -37,6 +39,8 @@ __all__ = [
     "ModelSpec",
     "RastersSpec",
     "Recipe",
+    "SaliencyLossSpec",
+    "SaliencySpec",
     "SegmentationLossSpec",
     "SegmentationSpec",
     "Spec",

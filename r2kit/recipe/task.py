@@ -76,8 +76,8 @@ class SegmentationSpec(Spec):
     ] = "unet"
     """What turns the backbone's maps into classes of pixels, from segmentation-models-pytorch (extra ``seg``)."""
     output_stride: Literal[8, 16] | None = None
-    """For deeplabv3, deeplabv3plus and pan: image size over the size of the backbone's last map, kept small by
-    dilation; null for the decoder's own, 8 for deeplabv3 and 16 for the others."""
+    """For deeplabv3 and deeplabv3plus: image size over the size of the backbone's last map, kept small by dilation;
+    null for 8 with deeplabv3 and 16 with deeplabv3plus."""
     loss: SegmentationLossSpec = SegmentationLossSpec()
     class_weights: Literal["none", "balanced"] | Annotated[tuple[Positive, ...], Field(strict=False)] = "none"
     """Weight of each class in cross_entropy and focal: all alike; `balanced`: the median share of pixels over the
@@ -90,12 +90,44 @@ class SegmentationSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> SegmentationSpec:
-        if self.output_stride is not None and self.decoder not in ("deeplabv3", "deeplabv3plus", "pan"):
+        if self.output_stride is not None and self.decoder not in ("deeplabv3", "deeplabv3plus"):
             raise ValueError(
-                f"output_stride: only deeplabv3, deeplabv3plus and pan keep maps large by dilation; leave it out with "
+                f"output_stride: only deeplabv3 and deeplabv3plus have a choice; leave it out with "
                 f"decoder={self.decoder}"
             )
         return self
+
+
+class SaliencyLossSpec(Spec):
+    """The sum that is minimised at every level of the decoder: the weight of each loss, 0 for none."""
+
+    bce: Weight = 1.0
+    """Binary cross-entropy of every labelled pixel."""
+    iou: Weight = 1.0
+    """One minus the soft intersection over union of each image."""
+    structure: Weight = 0.0
+    """Both of these with pixels near a boundary counting up to six times."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SaliencyLossSpec:
+        if self.bce + self.iou + self.structure == 0.0:
+            raise ValueError("bce: every loss has weight 0; give at least one a weight, e.g. bce=1")
+        return self
+
+
+class SaliencySpec(Spec):
+    """How much each pixel belongs to what stands out; learned from masks of two classes, background first."""
+
+    kind: Literal["saliency"] = "saliency"
+    """What the network predicts."""
+    width: Annotated[int, Field(ge=8, le=512)] = 64
+    """Channels of the feature pyramid."""
+    loss: SaliencyLossSpec = SaliencyLossSpec()
+    side_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Weight of the loss at each level of the pyramid but the finest (deep supervision)."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
+    """Share of a tile that neighbouring tiles have in common where an image larger than `data.image_size` is read in
+    tiles (data.resize=tile)."""
 
 
 def refuse_unused(spec: Spec, name: str, key: str, needed: str) -> None:
@@ -121,10 +153,11 @@ def _default_kind(values: Any) -> Any:
 
 
 TaskSpec = Annotated[
-    Annotated[ClassificationSpec | SegmentationSpec, Field(discriminator="kind")], BeforeValidator(_default_kind)
+    Annotated[ClassificationSpec | SegmentationSpec | SaliencySpec, Field(discriminator="kind")],
+    BeforeValidator(_default_kind),
 ]
 """What a recipe's `task` can be."""
 
 Target = Literal["class", "classes", "mask", "boxes"]
-TARGET_OF_KIND: dict[str, Target] = {"classification": "class", "segmentation": "mask"}
+TARGET_OF_KIND: dict[str, Target] = {"classification": "class", "segmentation": "mask", "saliency": "mask"}
 """What an image must carry for each kind of task; a source of labels finds out by itself whether they are several."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r2kit.report import classification, segmentation
+from r2kit.report import classification, saliency, segmentation
 from r2kit.run import Run, unknown_kind
 
 __all__ = ["write_report"]
@@ -22,7 +22,11 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: If the run was not evaluated, or its files do not belong together.
     """
-    kinds = {"classification": classification.write_report, "segmentation": segmentation.write_report}
+    kinds = {
+        "classification": classification.write_report,
+        "segmentation": segmentation.write_report,
+        "saliency": saliency.write_report,
+    }
     kind = run.recipe.task.kind
     if kind not in kinds:
         raise unknown_kind(run, "report")

@@ -2,16 +2,22 @@
 
 from r2kit.tasks.base import Task
 from r2kit.tasks.classification import ClassificationTask, classification_metrics
+from r2kit.tasks.saliency import SaliencyTask
 from r2kit.tasks.segmentation import SegmentationTask, segmentation_metrics
 
 __all__ = [
     "TASKS",
     "ClassificationTask",
+    "SaliencyTask",
     "SegmentationTask",
     "Task",
     "classification_metrics",
     "segmentation_metrics",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": ClassificationTask, "segmentation": SegmentationTask}
+TASKS: dict[str, type[Task]] = {
+    "classification": ClassificationTask,
+    "segmentation": SegmentationTask,
+    "saliency": SaliencyTask,
+}
 """The module of each kind of task."""

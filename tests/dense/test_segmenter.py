@@ -8,7 +8,7 @@ from r2kit.backbones.measure import count_parameters
 from r2kit.backbones.weights import load_weights, save_weights
 from r2kit.dense.segmenter import build_segmenter
 from r2kit.errors import ModelError
-from r2kit.models import freeze_backbone
+from r2kit.freeze import Freezer
 from r2kit.recipe import ModelSpec, SegmentationSpec
 
 DECODERS = list(SegmentationSpec.model_json_schema()["properties"]["decoder"]["enum"])
@@ -57,13 +57,16 @@ def test_weights_of_a_classification_start_the_backbone_and_the_other_way_round(
 
 
 def test_freezing_leaves_decoder_and_head():
-    model = build()
-    frozen = freeze_backbone(model)
+    model = build().train()
+    freezer = Freezer(model)
+    freezer.apply(0)
+    freezer.hold()
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"decoder", "segmentation_head"}
-    backbone = {id(m) for m in model.backbone.modules()}
-    assert frozen.modules
-    assert all(id(m) in backbone for m in frozen.modules)
+    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert any(m.training for m in model.network.decoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_a_backbone_without_maps_is_refused():
