@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from r2kit.cache import cache_folder
+from r2kit.data.decoded import DecodedImages
 from r2kit.data.reader import ImageInfo, choose_bands, examine_image, read_image
 from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError
@@ -58,7 +59,7 @@ class ImageFiles:
     ) -> None:
         self.name = name
         self.network: tuple[int, int] | None = None
-        """(H, W) to which images will be resized, by which large JPEGs are decoded smaller, see `read_image`."""
+        self._decoded: DecodedImages | None = None
         self.classes: tuple[str, ...] = tuple(sorted(listed["class"].unique()))
         checks = check_files(name, root, listed["id"].tolist(), workers)
         listed = listed.merge(checks, on="id", how="left", validate="one_to_one", suffixes=("", "_found"))
@@ -77,6 +78,7 @@ class ImageFiles:
         self.bands: tuple[str, ...] = common.bands
         self.scale = common.scale
         self.nodata = common.nodata
+        self._itemsize = np.dtype(common.dtype).itemsize
         place = {axis: listed[axis].fillna(listed[f"{axis}_found"].astype(np.float64)) for axis in ("lon", "lat")}
         self.manifest = pd.DataFrame(
             {
@@ -95,13 +97,31 @@ class ImageFiles:
         holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
         self.start_method = raster_start_method() if holds_rasters else None
 
+    def decode_for(self, network: tuple[int, int] | None, cache_bytes: int = 0) -> None:
+        """Say what the images are for.
+
+        Args:
+            network: (H, W) to which they will be resized, by which large JPEGs are decoded smaller, see `read_image`.
+            cache_bytes: Largest size of decoded images kept on disk.
+        """
+        self.network = network
+        if cache_bytes and self.contents is not None:
+            pixels = int((self.contents["height"] * self.contents["width"]).sum())
+            expected = pixels * len(self.bands) * self._itemsize + 128 * len(self.contents)  # 128: the head of a file
+            self._decoded = DecodedImages(expected, cache_bytes, (self.bands, network))
+
     def read(self, row: int) -> np.ndarray:
         """Return image `row` as (H, W, C).
 
         Raises:
             DataError: If the file has gone or changed since it was checked.
         """
-        return read_image(self._paths[row], bands=self.bands, network=self.network)
+        path = self._paths[row]
+
+        def decode() -> np.ndarray:
+            return read_image(path, bands=self.bands, network=self.network)
+
+        return decode() if self._decoded is None else self._decoded.read(path, decode)
 
 
 def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.DataFrame:

@@ -117,7 +117,7 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         from r2kit.data.folder import ImageFolder
 
         files = ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
-    files.network = spec.network
+    files.decode_for(spec.network, cache_bytes=round(spec.cache_gb * 1e9))
     return files
 
 

@@ -96,6 +96,9 @@ class DataSpec(Spec):
     """How often a class of n training images is drawn in an epoch, which is as long as there are images: as often as it
     is (n), in proportion to the square root of n, or as often as any other class (`balanced`); an image with several
     labels as its rarest one asks."""
+    cache_gb: Annotated[float, Field(ge=0.0)] = 0.0
+    """Largest size in GB of decoded images kept on disk, in the cache folder, for image files that are slow to decode
+    (compressed rasters, large JPEGs); 0 keeps none. A source whose images do not all fit is not cached."""
     workers: Annotated[StrictInt, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; `auto` is the number of cores, at most 8, and none for data held in memory."""
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()
