@@ -26,7 +26,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +368,7 @@ extern "C" void norm_act_double(const Args* a, int back) { dispatch<double>(*a, 
 """
 
 
+_STRIDES = {name: f"ld{name}" for name in ("x", "res", "add", "dy", "y", "y2")}
 ACTS = {"identity": 0, "relu": 1, "mish": 2}
 
 
@@ -387,8 +388,7 @@ class _Args(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """One BatchNorm and its activation, as the kernel takes them; channels are C.
 
     Attributes:
@@ -421,8 +421,7 @@ class Norm:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.narrow(0, start, length)
 
-        return replace(
-            self,
+        return self._replace(
             weight=cut(self.weight),
             bias=cut(self.bias),
             running_mean=cut(self.running_mean),
@@ -431,7 +430,7 @@ class Norm:
 
     def fixed(self, stats: Tensor | None) -> Norm:
         """Return the same with the statistics that `forward` wrote, so that the output can be computed again."""
-        return self if stats is None else replace(self, batch=False, running_mean=stats[0], running_var=stats[1])
+        return self if stats is None else self._replace(batch=False, running_mean=stats[0], running_var=stats[1])
 
 
 def activation(act: str, like: Tensor) -> Norm:
@@ -506,31 +505,25 @@ def backward(
 
 
 def _args(x: Tensor, norm: Norm, stats: Tensor | None) -> _Args:
-    args = _Args(
-        rows=x.shape[0],
-        chans=x.shape[1],
-        threads=native.threads(),
-        act=ACTS[norm.act],
-        act_first=norm.act_first,
-        batch=norm.batch,
-        beta=norm.beta,
-        eps=norm.eps,
-        momentum=norm.momentum,
-    )
+    rows, chans = x.shape
+    args = _Args(rows, chans, native.threads(), ACTS[norm.act], norm.act_first, norm.batch)
+    args.beta, args.eps, args.momentum = norm.beta, norm.eps, norm.momentum
     _matrix(args, "x", x)
     if stats is not None:
         args.mean, args.var = stats[0].data_ptr(), stats[1].data_ptr()
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(norm, name)
-        if tensor is not None:
-            setattr(args, name, tensor.data_ptr())
+    if norm.weight is not None:
+        args.weight = norm.weight.data_ptr()
+    if norm.bias is not None:
+        args.bias = norm.bias.data_ptr()
+    if norm.running_mean is not None and norm.running_var is not None:
+        args.running_mean, args.running_var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
     return args
 
 
 def _matrix(args: _Args, name: str, tensor: Tensor | None) -> None:
     if tensor is not None:
         setattr(args, name, tensor.data_ptr())
-        setattr(args, f"ld{name}", tensor.stride(0))
+        setattr(args, _STRIDES[name], tensor.stride(0))
 
 
 def _call(args: _Args, dtype: torch.dtype, *, back: bool) -> None:
