@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ def measure_throughput(
     training: bool,
     device: torch.device | str = "cpu",
     channels_last: bool = True,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     rounds: int = 3,
     warmup: int = 1,
 ) -> float:
@@ -39,6 +40,7 @@ def measure_throughput(
         training: Time forward, loss and backward; else the forward pass in inference mode.
         device: Where to run.
         channels_last: Layout of the images in memory.
+        loss: From the network and a batch of images to a loss; None takes one of the outputs (B, K, ...).
         rounds: Batches timed.
         warmup: Batches before, not timed.
     """
@@ -47,12 +49,18 @@ def measure_throughput(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         clone = copy.deepcopy(model).to(device).to(memory_format=layout).train(training)
         image = torch.randn(batch_size, *image_shape, device=device).contiguous(memory_format=layout)
-        seconds = interleaved({"": clone}, image, training=training, rounds=rounds, warmup=warmup)[""]
+        seconds = interleaved({"": clone}, image, training=training, rounds=rounds, warmup=warmup, loss=loss)[""]
     return batch_size / statistics.median(seconds)
 
 
 def interleaved(
-    nets: Mapping[str, nn.Module], image: Tensor, *, training: bool, rounds: int, warmup: int
+    nets: Mapping[str, nn.Module],
+    image: Tensor,
+    *,
+    training: bool,
+    rounds: int,
+    warmup: int,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds of each network's steps, one step of each in every round, so that drift meets all alike.
 
@@ -62,6 +70,7 @@ def interleaved(
         training: Time forward, loss and backward; else the forward pass in inference mode.
         rounds: Steps timed of each network.
         warmup: Rounds before, not timed.
+        loss: See `measure_throughput`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in nets}
     for index in range(warmup + rounds):
@@ -70,7 +79,7 @@ def interleaved(
             start = time.perf_counter()
             if training:
                 net.zero_grad(set_to_none=True)
-                net(image).float().logsumexp(1).mean().backward()
+                (_loss(net, image) if loss is None else loss(net, image)).backward()
             else:
                 with torch.inference_mode():
                     net(image)
@@ -158,6 +167,11 @@ def check_same(plain: nn.Module, fast: nn.Module, image: Tensor, tolerance: floa
     if not difference <= tolerance:
         raise ModelError(f"the fast form differs from the plain one by {difference:.1e} of the largest output")
     return difference
+
+
+def _loss(model: nn.Module, image: Tensor) -> Tensor:
+    """A loss that every output has a part in."""
+    return model(image).float().logsumexp(1).mean()
 
 
 def _wait(device: torch.device) -> None:

@@ -17,7 +17,9 @@ from r2kit.data.preprocess import Interpolation, Preprocess
 from r2kit.dense.saliency import build_saliency
 from r2kit.dense.segmenter import build_segmenter
 from r2kit.errors import ModelError, RunError
-from r2kit.recipe import ModelSpec, Recipe, SaliencySpec, SegmentationSpec
+from r2kit.objects.anchors import standard_anchors
+from r2kit.objects.detectors import Detector, build_detector
+from r2kit.recipe import DetectionSpec, InstanceSpec, ModelSpec, Recipe, SaliencySpec, SegmentationSpec
 
 if TYPE_CHECKING:
     from r2kit.run import Run
@@ -52,7 +54,34 @@ def build_network(
         )
     if isinstance(task, SaliencySpec):
         return build_saliency(recipe.model, task, in_chans=len(bands), rgb_bands=_rgb_positions(bands))
+    if isinstance(task, DetectionSpec | InstanceSpec):
+        return _build_detector(recipe.model, task, num_classes, bands)
     return build_model(recipe.model, num_classes=num_classes, bands=bands, images=images)
+
+
+def _build_detector(
+    spec: ModelSpec, task: DetectionSpec | InstanceSpec, num_classes: int, bands: Sequence[str]
+) -> Detector:
+    """Build a detector; those whose anchors are measured get them when the data is known, or with their weights."""
+    preset = "small" if task.anchors == "auto" else task.anchors
+    options: dict[str, Any] = {} if spec.structure is None else {"structure": spec.structure}
+    return build_detector(
+        task.model,
+        spec.name,
+        num_classes=num_classes,
+        anchors=None if task.model == "fcos" else standard_anchors(task.model, preset),
+        width=task.width,
+        min_score=task.min_score,
+        nms_iou=task.nms_iou,
+        max_detections=task.max_detections,
+        regions=task.regions,
+        pretrained=spec.pretrained,
+        in_chans=len(bands),
+        in_chans_rule=spec.in_chans_rule,
+        rgb_bands=_rgb_positions(bands),
+        drop_path_rate=spec.drop_path_rate,
+        **options,
+    )
 
 
 def build_model(

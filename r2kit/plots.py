@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from r2kit.data.targets import CLASS_COLOURS, IGNORE
+from r2kit.draw import GIVEN, draw_boxes
 from r2kit.metrics import Reliability
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def batch_tiles(batch: Batch, data: DataModule, *, epoch: int, batch_index: int 
         batch_index: Position of the batch in the epoch, from 0.
         most: Images at most.
     """
+    if "boxes" in batch:
+        return _box_tiles(batch, data, most)
     mixed = data.mix(batch, epoch, batch_index)
     shown = data.preprocess.denormalize(mixed["image"][:most]).cpu().numpy()
     if "mask" in mixed:
@@ -156,6 +159,17 @@ def iou_figure(per_class: Sequence[dict[str, Any]], *, theme: Theme = LIGHT, mos
     known = [row for row in per_class if row["iou"]["low"] is not None]
     rows = [{"class": row["class"], "recall": row["iou"], "support": row["pixels"]} for row in known]
     return _interval_figure(rows, "IoU, with 95 % interval (labelled pixels of the class)", theme, most)
+
+
+def _box_tiles(batch: Batch, data: DataModule, most: int) -> list[Tile]:
+    """Images of a training batch with their boxes."""
+    shown = data.preprocess.denormalize(batch["image"][:most]).cpu().numpy()
+    tiles = []
+    for image, boxes, labels in zip(shown, batch["boxes"], batch["labels"], strict=False):
+        names = [data.classes[int(label) - 1] for label in labels.tolist()]
+        said = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "no object"
+        tiles.append(Tile(draw_boxes(to_uint8(image), boxes.cpu().numpy(), [GIVEN] * len(boxes)), said))
+    return tiles
 
 
 def batch_mosaic(batch: Batch, data: DataModule, *, epoch: int, theme: Theme = LIGHT) -> Figure:
@@ -248,7 +262,7 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
 
     Args:
         history: The rows of metrics.csv: ``epoch`` from 0, and any of ``train_loss``, ``val_loss``, ``train_acc``
-            (or ``train_acc_dominant`` where images are mixed), ``val_acc``.
+            (or ``train_acc_dominant`` where images are mixed), ``val_acc``, ``val_map``.
         best_epoch: Epoch, from 0, whose weights were kept.
         theme: Colours.
     """
@@ -256,7 +270,9 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
     loss, share = figure.subplots(2, 1, sharex=True)
     epoch = history["epoch"].to_numpy() + 1
     marker = "o" if len(history) < 25 else ""
-    for axes, what, words in ((loss, "loss", "loss (nats)"), (share, "acc", "accuracy")):
+    shares = {"acc": "accuracy", "map": "mean average precision"}
+    second = next((name for name in shares if f"val_{name}" in history), "acc")
+    for axes, what, words in ((loss, "loss", "loss (nats)"), (share, second, shares[second])):
         _axes(axes, theme, grid="y")
         for stage, colour, style in (("train", theme.second, "--"), ("val", theme.main, "-")):
             for column, more in ((f"{stage}_{what}", ""), (f"{stage}_{what}_dominant", "; dominant label")):

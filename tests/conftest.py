@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.objects.toy import make_objects
+
 COLOURS = {"field": (60, 140, 40), "sand": (200, 170, 110), "water": (20, 40, 120)}
 
 
@@ -79,3 +81,9 @@ def finished_run(quick_recipe, tmp_path_factory):
     import r2kit
 
     return r2kit.finetune(quick_recipe, out=tmp_path_factory.mktemp("runs") / "quick", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def objects_folder(tmp_path_factory) -> Path:
+    """20 images of 80 x 112 pixels."""
+    return make_objects(tmp_path_factory.mktemp("objects") / "set", 20)

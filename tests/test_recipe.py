@@ -4,7 +4,15 @@ import pytest
 from pydantic import ValidationError
 
 from r2kit.errors import RecipeError
-from r2kit.recipe import ClassificationSpec, DataSpec, Recipe, SaliencySpec, SegmentationSpec
+from r2kit.recipe import (
+    ClassificationSpec,
+    DataSpec,
+    DetectionSpec,
+    InstanceSpec,
+    Recipe,
+    SaliencySpec,
+    SegmentationSpec,
+)
 from r2kit.recipe_file import (
     all_keys,
     find_recipe,
@@ -122,7 +130,13 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path):
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
 
 
-KINDS = {"classification": ClassificationSpec, "segmentation": SegmentationSpec, "saliency": SaliencySpec}
+KINDS = {
+    "classification": ClassificationSpec,
+    "segmentation": SegmentationSpec,
+    "saliency": SaliencySpec,
+    "detection": DetectionSpec,
+    "instance": InstanceSpec,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,8 +14,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
-def test_two_steps(name, image_folder, mask_folder, capsys):
-    root = {"class": image_folder, "mask": mask_folder}[load_recipe(name).target]
+def test_two_steps(name, image_folder, mask_folder, objects_folder, capsys):
+    target = load_recipe(name).target
+    root = {"class": image_folder, "mask": mask_folder, "boxes": objects_folder}[target]
     small = ["train.batch_size=4", "data.image_size=32", "data.workers=0", "data.split=auto"]
+    if target == "boxes":
+        small += ["data.image_size=64", "task.width=32", "task.regions=16", "data.boxes.classes=[square,bar]"]
+        small += ["train.batch_size=2", "task.max_detections=5", "data.limit=12"]
     dry_run(packaged_recipes()[name], overrides=[f"data.root={root}", *small])
     assert "two training steps" in capsys.readouterr().out

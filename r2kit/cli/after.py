@@ -49,9 +49,7 @@ def predict(
     paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files, folders; rasters for a map.")],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", help="Table to write (CSV and Parquet), or MAP.tif, or a folder of maps or of masks."
-        ),
+        typer.Option("--out", "-o", help="Table to write (CSV and more), or MAP.tif, or a folder of maps or of masks."),
     ] = Path("predictions.csv"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
@@ -73,7 +71,7 @@ def predict(
     vector: Annotated[str | None, typer.Option(help="Map: polygons beside it, geojson or gpkg.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Map: replace one made with other settings.")] = False,
 ) -> None:
-    """Predict image files: classes as a table, masks as PNG and GeoTIFF; or map whole scenes of any size."""
+    """Predict image files: classes, masks, or the objects in them; or map whole scenes of any size."""
     from r2kit.console import make_console, quiet_libraries
     from r2kit.run import Run
 
@@ -104,7 +102,7 @@ def predict(
     from r2kit.predict import predict as run_predict
 
     found = run_predict(opened, paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
-    if "confidence" not in found:  # masks: a folder
+    if not {"confidence", "score"} & set(found):  # masks: a folder
         for row in found.head(10).itertuples():
             console.print(f"{row.path}  {row.mask}")
         if len(found) > 10:
@@ -112,10 +110,10 @@ def predict(
         console.print(f"written: {out.with_suffix('')}")
         return
     for row in found.head(10).itertuples():
-        console.print(f"{row.path}  {row[2]}  {row.confidence:.3f}")
+        console.print(f"{row.path}  {row[2]}  {row[3]:.3f}")
     if len(found) > 10:
         console.print(f"and {len(found) - 10} more")
-    console.print(f"written: {out.with_suffix('.csv')}, {out.with_suffix('.parquet')}")
+    console.print(f"written: {found.attrs['written']}")
 
 
 def report(run: RunArgument) -> None:

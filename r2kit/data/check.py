@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from r2kit.data.boxes.checks import BAD_BOXES
 from r2kit.data.check_page import check_page
 from r2kit.data.files import is_flat, pixel_hash
 from r2kit.data.findings import SPLIT_FILE, TARGET_CHECKS, Finding
@@ -63,7 +64,8 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     Raises:
         DataError: If there is nothing to check at all, or `out` cannot be written.
     """
-    source = open_source(recipe.data.model_copy(update={"on_bad_file": "skip"}), recipe.target)
+    lenient = recipe.data.boxes.model_copy(update={"on_bad_box": "mend"})
+    source = open_source(recipe.data.model_copy(update={"on_bad_file": "skip", "boxes": lenient}), recipe.target)
     findings = _unusable(source, skip=recipe.data.on_bad_file == "skip")
     manifest = source.manifest.assign(
         **{"class": [source.strata[label] for label in source.manifest["label"]]}, part=None
@@ -89,6 +91,9 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
         ]
     for check in TARGET_CHECKS[source.target]:
         findings += check(source)
+    if recipe.data.boxes.on_bad_box == "mend":
+        words = "data.boxes.on_bad_box=mend cuts them or leaves them out"
+        findings = [Finding(f.kind, False, f.text, words, f.pairs) if f.kind == BAD_BOXES else f for f in findings]
     findings += _copies(manifest, measured, lows)
     findings += _balance(manifest)
     findings += _drift(manifest, measured, source.bands)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
+from r2kit.data.boxes.samples import BoxSamples
+from r2kit.data.boxes.source import BoxedImages
 from r2kit.data.dense import MaskSamples
 from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
@@ -161,6 +164,15 @@ class DataModule(lightning.LightningDataModule):
         sizes = self.source.contents.iloc[rows][["height", "width"]].value_counts(sort=True)
         return tuple(int(side) for side in sizes.index[0])  # type: ignore[return-value]
 
+    def object_counts(self) -> pd.DataFrame:
+        """Objects of each class (rows) in each part (columns); for boxes."""
+        source = cast(BoxedImages, self.source)
+        table = {}
+        for part in PARTS:
+            table[part] = np.zeros(len(self.classes), dtype=np.int64)
+            table[part][self.positions] = source.counts(self.split.rows(part))
+        return pd.DataFrame(table, index=pd.Index(self.classes, name="class"))
+
     def band_statistics(self) -> pd.DataFrame:
         """Mean, std, min and max of each band over the training images, in raw units; measured once.
 
@@ -208,6 +220,9 @@ class DataModule(lightning.LightningDataModule):
             rows: Rows of the manifest.
             train: Whether to shuffle and augment.
         """
+        samples = self._samples(train, rows)
+        if isinstance(samples, BoxSamples):
+            rows = samples.keys(rows)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         sampler = EpochSampler(
             rows,
@@ -220,7 +235,6 @@ class DataModule(lightning.LightningDataModule):
         )
         if train:
             sampler.start_at(self._begun[0], self._begun[1] * self.batch_size)
-        samples = self._samples(train)
         workers = 0 if self.spec.workers == "auto" and self.source.in_memory else loader_workers(self.spec.workers)
         return make_loader(
             samples,
@@ -240,9 +254,20 @@ class DataModule(lightning.LightningDataModule):
         drawn = np.bincount(self.labels[rows], self.expected_draws(rows), minlength=len(self.classes))
         return [round(value) for value in drawn]
 
-    def _samples(self, train: bool) -> Samples:
+    def _samples(self, train: bool, rows: np.ndarray) -> Samples:
         """The images, with what they carry."""
         augment = self.augment if train and self.augment.varies else None
+        if isinstance(self.source, BoxedImages):
+            return BoxSamples(
+                self.source,
+                self.labels,
+                self.preprocess,
+                self.augment if train else None,
+                self.spec.boxes,
+                self.seed,
+                rows=rows,
+                positions=None if self.source.classes == self.classes else self.positions,
+            )
         if self.target == "mask":
             return MaskSamples(
                 cast(DenseSource, self.source),
@@ -261,6 +286,16 @@ class DataModule(lightning.LightningDataModule):
             return self.batch_size
         largest = int((self.source.contents["height"] * self.source.contents["width"]).max())
         return max(1, self.batch_size * self.preprocess.size[0] * self.preprocess.size[1] // max(largest, 1))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; what is no tensor, such as where the pieces of an image lie, stays as it is."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            return [moved(item) for item in value] if isinstance(value, list) else value
+
+        return {key: moved(value) for key, value in batch.items()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Shrink and mix the batch on its device while training; called by the trainer."""

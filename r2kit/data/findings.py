@@ -36,5 +36,19 @@ TargetCheck = Callable[[Source], list[Finding]]
 """Reads the targets of all rows and says what is wrong with them: one finding for each kind of fault, with the number
 of rows, one example by path, and all rows in `pairs` (N, 1)."""
 
-TARGET_CHECKS: dict[Target, tuple[TargetCheck, ...]] = {"class": (), "classes": (), "mask": (), "boxes": ()}
+
+def _check_boxes(source: Source) -> list[Finding]:
+    """See `r2kit.data.boxes.checks.check_boxes`, which builds on this module."""
+    from r2kit.data.boxes.checks import check_boxes
+
+    return check_boxes(source)
+
+
+TARGET_CHECKS: dict[Target, tuple[TargetCheck, ...]] = {
+    "class": (),
+    "classes": (),
+    "mask": (),
+    "boxes": (_check_boxes,),
+    "outlines": (_check_boxes,),
+}
 """What `r2kit data check` asks of each kind of target, beyond what it asks of every image."""

@@ -32,7 +32,7 @@ class Placement:
 
     @classmethod
     def of(cls, preprocess: Preprocess, shape: Sequence[int]) -> Placement:
-        """Return the placement of an image of `shape` (H, W)."""
+        """Return the placement of an image of `shape` (H, W), which for ``resize='tile'`` is at most a tile."""
         height, width = int(shape[0]), int(shape[1])
         source, target = (0, 0, height, width), (0, 0, *preprocess.size)
         if preprocess.resize == "crop":
@@ -41,6 +41,8 @@ class Placement:
         elif preprocess.resize == "pad":
             h, w = inner_size((height, width), preprocess.size)
             target = ((preprocess.size[0] - h) // 2, (preprocess.size[1] - w) // 2, h, w)
+        elif preprocess.resize == "tile":
+            target = ((preprocess.size[0] - height) // 2, (preprocess.size[1] - width) // 2, height, width)
         return cls((height, width), source, target, preprocess.size)
 
     def into(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -179,7 +179,7 @@ class Preprocess:
         if self.resize == "tile":
             return image.contiguous()
         if self.resize == "pad":
-            return self._pad(self._resample(image, inner_size(raw.shape[:2], self.size)))
+            return self.fill_up(self._resample(image, inner_size(raw.shape[:2], self.size)))
         return self._resample(image, self.size)
 
     def fit_mask(self, mask: np.ndarray) -> Tensor:
@@ -289,8 +289,8 @@ class Preprocess:
             return F.interpolate(image[None], size, mode="nearest-exact")[0]
         return F.interpolate(image[None], size, mode=self.interpolation, antialias=True, align_corners=False)[0]
 
-    def _pad(self, image: Tensor) -> Tensor:
-        """Put (C, h, w) in the middle of a canvas of the mean colour."""
+    def fill_up(self, image: Tensor) -> Tensor:
+        """Put an image (C, h, w) in raw units in the middle of a canvas of `size` of the mean colour."""
         mean = torch.tensor([mean * self.scale for mean in self.mean])
         if image.dtype == torch.uint8:
             mean = mean.round().clamp(0, 255)

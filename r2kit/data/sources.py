@@ -84,6 +84,10 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         DataError: If the data cannot be used.
         MissingExtraError: If the source needs packages of an extra that is not installed.
     """
+    if target in ("boxes", "outlines"):
+        from r2kit.data.boxes.source import open_boxes
+
+        return open_boxes(spec, outlines=target == "outlines")
     if spec.resolved_source == "rasters":
         from r2kit.data.rasters import RasterTiles
 

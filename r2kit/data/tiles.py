@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torchvision.ops import nms
 
-from r2kit.data.placement import Window
+from r2kit.data.placement import Placement, Window
+from r2kit.data.preprocess import Preprocess
 
 _COVERED = 0.6  # share of a cut box's area inside another of its class above which it is a piece of that one
 _AT_BORDER = 2.0  # pixels from a tile's inner border within which a box counts as cut by it
 
 
-def tile_windows(shape: Sequence[int], tile: int, overlap: float) -> list[Window]:
+@dataclass(frozen=True)
+class Piece:
+    """A part of an image that the network sees at once: a tile, or all of it."""
+
+    window: Window
+    """Which part of the image."""
+    placement: Placement
+    """Where that part lies in the network's input."""
+    shape: tuple[int, int]
+    """(H, W) of the image."""
+
+    def cut(self, raw: NDArray) -> NDArray:
+        """Return the part of raw pixels (H, W, C)."""
+        top, left, height, width = self.window
+        return raw[top : top + height, left : left + width]
+
+    def back(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Move boxes (N, 4) of the network's input into pixels of the image."""
+        return self.placement.back(boxes) + np.array([self.window[1], self.window[0]] * 2, dtype=np.float32)
+
+    def mask_back(self, mask: Tensor) -> NDArray[np.bool_]:
+        """Move a mask (h, w) of the network's input, as probabilities, into pixels of the image: (H, W)."""
+        top, left, height, width = self.window
+        whole = np.zeros(self.shape, dtype=bool)
+        whole[top : top + height, left : left + width] = self.placement.masks_back(mask[None])[0]
+        return whole
+
+
+def pieces_of(preprocess: Preprocess, shape: Sequence[int], overlap: float) -> list[Piece]:
+    """Return the pieces in which the network sees an image: overlapping tiles with ``resize='tile'``, else one.
+
+    Args:
+        preprocess: Size of the network's input, and how images reach it.
+        shape: (H, W) of the image.
+        overlap: As of `tile_windows`.
+    """
+    whole = (int(shape[0]), int(shape[1]))
+    if preprocess.resize != "tile":
+        return [Piece((0, 0, *whole), Placement.of(preprocess, whole), whole)]
+    windows = tile_windows(whole, preprocess.size, overlap)
+    return [Piece(window, Placement.of(preprocess, window[2:]), whole) for window in windows]
+
+
+def tile_windows(shape: Sequence[int], tile: Sequence[int], overlap: float) -> list[Window]:
     """Cut an image into tiles of one size that cover it.
 
     The last tile of a row or column is moved back to end at the border, so that no tile holds invented pixels; tiles
@@ -23,14 +69,14 @@ def tile_windows(shape: Sequence[int], tile: int, overlap: float) -> list[Window
 
     Args:
         shape: (H, W) of the image.
-        tile: Side of a tile in pixels.
+        tile: (H, W) of a tile in pixels.
         overlap: Smallest share of a tile's side that it shares with its neighbour, in [0, 1).
 
     Returns:
         Windows in reading order.
     """
-    rows, columns = (_starts(int(length), tile, overlap) for length in shape[:2])
-    height, width = min(tile, int(shape[0])), min(tile, int(shape[1]))
+    rows, columns = (_starts(int(length), side, overlap) for length, side in zip(shape[:2], tile, strict=True))
+    height, width = min(tile[0], int(shape[0])), min(tile[1], int(shape[1]))
     return [(top, left, height, width) for top in rows for left in columns]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from r2kit import result
-from r2kit.evaluate import classification, saliency, segmentation
+from r2kit.evaluate import classification, detection, saliency, segmentation
 from r2kit.evaluate.target import Result
+from r2kit.result import detection as result_of_detection
 from r2kit.result import saliency as result_of_saliency
 from r2kit.result import segmentation as result_of_segmentation
 from r2kit.run import Run, unknown_kind
@@ -47,10 +49,12 @@ def evaluate(
         DataError: If images are missing or unreadable, or a class or the bands are not the run's.
         RunError: If the run holds no image of the split.
     """
-    measures = {
+    measures: dict[str, Callable[..., Result]] = {
         "classification": classification.evaluate,
         "segmentation": segmentation.evaluate,
         "saliency": saliency.evaluate,
+        "detection": detection.evaluate,
+        "instance": detection.evaluate,
     }
     kind = run.recipe.task.kind
     if kind not in measures:
@@ -64,5 +68,7 @@ def summary_lines(found: Result) -> list[str]:
         "classification": result.summary_lines,
         "segmentation": result_of_segmentation.summary_lines,
         "saliency": result_of_saliency.summary_lines,
+        "detection": result_of_detection.summary_lines,
+        "instance": result_of_detection.summary_lines,
     }
     return lines[found.get("task", "classification")](found)

@@ -89,6 +89,7 @@ def other_target(run: Run, folder: Path, split: str) -> Target:
         image_size=recipe.data.image_size,
         resize=recipe.data.resize,
         masks=recipe.data.masks,
+        boxes=recipe.data.boxes,
     )
     module = DataModule(
         spec,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from r2kit.predict import classification, segmentation
+from r2kit.predict import classification, detection, segmentation
 from r2kit.run import Run, unknown_kind
 
 __all__ = ["predict"]
@@ -46,10 +46,12 @@ def predict(
     Raises:
         DataError: If there is no image, or one could not be read and `on_bad_file` is ``error``.
     """
-    kinds = {
+    kinds: dict[str, Callable[..., pd.DataFrame]] = {
         "classification": classification.predict,
         "segmentation": segmentation.predict,
         "saliency": segmentation.predict,
+        "detection": detection.predict,
+        "instance": detection.predict,
     }
     kind = run.recipe.task.kind
     if kind not in kinds:

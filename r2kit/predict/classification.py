@@ -55,7 +55,7 @@ def predict(
     table.attrs["tta"] = tta
     table.attrs["skipped"] = [list(item) for item in skipped]
 
-    written = "" if out is None else _write(table, Path(out))
+    written = table.attrs["written"] = "" if out is None else _write(table, Path(out))
     if skipped and on_bad_file == "error":
         raise DataError(bad_files(skipped, len(table), written))
     return table
@@ -109,7 +109,7 @@ def _write(table: pd.DataFrame, out: Path) -> str:
         table.to_parquet(parquet, index=False)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}; give another --out") from None
-    return f"{csv} and {parquet.name}"
+    return f"{csv}, {parquet}"
 
 
 def bad_files(skipped: Sequence[tuple[str, str]], good: int, written: str) -> str:

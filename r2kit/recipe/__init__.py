@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 
 from r2kit.recipe.augment import AugmentSpec
 from r2kit.recipe.base import Spec
+from r2kit.recipe.boxes import BoxSpec
 from r2kit.recipe.data import BlueMarbleSpec, DataSpec
+from r2kit.recipe.detection import DetectionSpec, InstanceSpec
 from r2kit.recipe.masks import MaskSpec
 from r2kit.recipe.model import ModelSpec
 from r2kit.recipe.rasters import RastersSpec
@@ -33,8 +35,11 @@ __all__ = [
     "TARGET_OF_KIND",
     "AugmentSpec",
     "BlueMarbleSpec",
+    "BoxSpec",
     "ClassificationSpec",
     "DataSpec",
+    "DetectionSpec",
+    "InstanceSpec",
     "MaskSpec",
     "ModelSpec",
     "RastersSpec",
@@ -69,13 +74,20 @@ class Recipe(Spec):
         """What every image must carry for the task."""
         return TARGET_OF_KIND[self.task.kind]
 
+    @property
+    def objects(self) -> DetectionSpec | InstanceSpec:
+        """The task of a recipe that finds objects."""
+        assert isinstance(self.task, DetectionSpec | InstanceSpec)
+        return self.task
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.data.resize == "tile" and self.target != "mask":
+        if self.data.resize == "tile" and self.target == "class":
             raise ValueError(
-                f"data.resize: only tasks that learn from masks read images in tiles; {self.task.kind} allows squash, "
-                "crop and pad"
+                f"data.resize: only tasks that learn from masks or boxes read images in tiles; {self.task.kind} allows "
+                "squash, crop and pad"
             )
+        self._consistent_boxes()
         if self.target == "mask" and self.augment.mixup:
             raise ValueError(
                 "augment.mixup: MixUp blends classes, and a pixel of a mask has one; augment.cutmix may be set"
@@ -107,3 +119,26 @@ class Recipe(Spec):
                 "of the two"
             )
         return self
+
+    def _consistent_boxes(self) -> None:
+        """Refuse what does not go with boxes, and what goes with boxes only."""
+        augment, data = self.augment, self.data
+        if self.target not in ("boxes", "outlines"):
+            for name in ("mosaic", "copy_paste"):
+                if getattr(augment, name):
+                    raise ValueError(f"augment.{name}: is for boxes; task.kind={self.task.kind} has none")
+            if data.boxes != type(data.boxes)():
+                raise ValueError(f"data.boxes: task.kind={self.task.kind} reads no boxes; leave data.boxes out")
+            return
+        if augment.mixup + augment.cutmix:
+            raise ValueError(
+                "augment.mixup: MixUp and CutMix blend labels of whole images, and this task learns boxes; "
+                "augment.mosaic and augment.copy_paste are for boxes"
+            )
+        if data.source not in ("auto", "folder") or data.name is not None:
+            raise ValueError(
+                f"data.source: {data.resolved_source} has no boxes; leave source and name out, and let data.root name "
+                "a COCO .json file, or a folder as YOLO or VOC has it"
+            )
+        if data.sampler != "shuffle":
+            raise ValueError(f"data.sampler: {data.sampler} is for images of one class; use data.sampler=shuffle")

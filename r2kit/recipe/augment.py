@@ -29,6 +29,11 @@ class AugmentSpec(Spec):
     mix_off_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of last epochs without MixUp and CutMix."""
 
+    mosaic: Probability = 0.0
+    """For boxes: share of the training images that are put together from windows of four."""
+    copy_paste: Probability = 0.0
+    """For boxes: share of the training images into which objects of another one are pasted, where they hide none."""
+
     @model_validator(mode="after")
     def _consistent(self) -> AugmentSpec:
         for position, values in enumerate(self.transforms):

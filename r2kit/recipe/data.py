@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt, model_validator
 
 from r2kit.recipe.base import Fraction, PixelSize, Spec
+from r2kit.recipe.boxes import BoxSpec
 from r2kit.recipe.masks import MaskSpec
 from r2kit.recipe.rasters import RastersSpec
 
@@ -54,7 +55,8 @@ class DataSpec(Spec):
     """Relative to the current folder. Folder: root/CLASS/image or root/{train,val,test}/CLASS/image. A table: columns
     path (relative to the table) and label, and where known split, group (what must stay together), lon and lat. For
     tasks that learn from masks: root/images/ and root/masks/ with files of the same names, or the same below
-    root/{train,val,test}; a table has a column mask instead of label."""
+    root/{train,val,test}; a table has a column mask instead of label. For tasks that find objects see
+    `boxes.format`."""
     allow_outside: bool = False
     """Whether a table may name images outside its own folder."""
     bands: Annotated[tuple[str | StrictInt, ...], Field(strict=False, min_length=1)] | None = None
@@ -64,7 +66,8 @@ class DataSpec(Spec):
     """Side of the square image that the network sees, or [height, width], in pixels."""
     resize: Literal["squash", "crop", "pad", "tile"] = "squash"
     """How an image of another shape reaches `image_size`: stretched; shorter side resized, centre cut out; longer side
-    resized and the rest filled with the mean colour; or, for masks, `tile`: never resized, but read in tiles."""
+    resized and the rest filled with the mean colour; or, for masks and boxes, `tile`: never resized, but read in
+    tiles."""
     limit: Annotated[int, Field(ge=2)] | None = None
     """Use at most this many images, balanced over the classes: for quick tries."""
     split: Literal["auto", "blocks", "group", "stratified"] = "auto"
@@ -104,6 +107,7 @@ class DataSpec(Spec):
     bluemarble: BlueMarbleSpec = BlueMarbleSpec()
     masks: MaskSpec = MaskSpec()
     rasters: RastersSpec = RastersSpec()
+    boxes: BoxSpec = BoxSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:

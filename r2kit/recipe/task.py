@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from r2kit.recipe.base import Fraction, Positive, Spec
+from r2kit.recipe.detection import DetectionSpec, InstanceSpec
 
 Weight = Annotated[float, Field(ge=0.0)]
 
@@ -153,11 +154,20 @@ def _default_kind(values: Any) -> Any:
 
 
 TaskSpec = Annotated[
-    Annotated[ClassificationSpec | SegmentationSpec | SaliencySpec, Field(discriminator="kind")],
+    Annotated[
+        ClassificationSpec | SegmentationSpec | SaliencySpec | DetectionSpec | InstanceSpec,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_default_kind),
 ]
 """What a recipe's `task` can be."""
 
-Target = Literal["class", "classes", "mask", "boxes"]
-TARGET_OF_KIND: dict[str, Target] = {"classification": "class", "segmentation": "mask", "saliency": "mask"}
+Target = Literal["class", "classes", "mask", "boxes", "outlines"]
+TARGET_OF_KIND: dict[str, Target] = {
+    "classification": "class",
+    "segmentation": "mask",
+    "saliency": "mask",
+    "detection": "boxes",
+    "instance": "outlines",
+}
 """What an image must carry for each kind of task; a source of labels finds out by itself whether they are several."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r2kit.report import classification, saliency, segmentation
+from r2kit.report import classification, detection, saliency, segmentation
 from r2kit.run import Run, unknown_kind
 
 __all__ = ["write_report"]
@@ -26,6 +26,8 @@ def write_report(run: Run) -> Path:
         "classification": classification.write_report,
         "segmentation": segmentation.write_report,
         "saliency": saliency.write_report,
+        "detection": detection.write_report,
+        "instance": detection.write_report,
     }
     kind = run.recipe.task.kind
     if kind not in kinds:

@@ -397,11 +397,11 @@ def _explain(run: Run, module: DataModule, rows: pd.DataFrame) -> tuple[list[Til
     return tiles, None
 
 
-def thumbnail_of(tile: Tile) -> Thumbnail:
+def thumbnail_of(tile: Tile, side: int = _THUMBNAIL) -> Thumbnail:
     """Return a tile as a small JPEG, small images enlarged without smoothing so that their pixels show."""
     image = Image.fromarray(tile.image)
-    factor = _THUMBNAIL / max(image.size)
-    width, height = (max(1, math.floor(side * factor)) for side in image.size)
+    factor = side / max(image.size)
+    width, height = (max(1, math.floor(length * factor)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)

@@ -2,22 +2,27 @@
 
 from r2kit.tasks.base import Task
 from r2kit.tasks.classification import ClassificationTask, classification_metrics
+from r2kit.tasks.detection import DetectionTask, detection_metrics
 from r2kit.tasks.saliency import SaliencyTask
 from r2kit.tasks.segmentation import SegmentationTask, segmentation_metrics
 
 __all__ = [
     "TASKS",
     "ClassificationTask",
+    "DetectionTask",
     "SaliencyTask",
     "SegmentationTask",
     "Task",
     "classification_metrics",
+    "detection_metrics",
     "segmentation_metrics",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "segmentation": SegmentationTask,
+    "detection": DetectionTask,
+    "instance": DetectionTask,
     "saliency": SaliencyTask,
 }
 """The module of each kind of task."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -66,6 +66,15 @@ class Task(L.LightningModule):
     def from_data(cls, recipe: Recipe, model: nn.Module, data: DataModule) -> Task:
         """Build the task for data that is set up."""
         return cls(recipe, model, len(data.classes))
+
+    def example_loss(self) -> Callable[[nn.Module, Tensor], Tensor] | None:
+        """Return what makes a loss of the network and a batch of random images, to measure its speed; None for any."""
+        return None
+
+    @property
+    def counted(self) -> nn.Module:
+        """The part of the network whose multiply-adds are counted: all of it, as far as they are the same for all."""
+        return self.model
 
     def forward(self, image: Tensor) -> Any:
         """Return what the network makes of images (B, C, H, W)."""

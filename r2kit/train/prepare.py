@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
                 training=True,
                 device=device,
                 channels_last=recipe.train.channels_last,
+                loss=task.example_loss(),
             )
 
         kept = None if decided is None else Batch(decided["batch_size"], decided["accumulate"])
@@ -119,7 +120,7 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         device_name,
         precision,
         count_parameters(model),
-        count_macs(model, (bands, *size)),
+        count_macs(task.counted, (bands, *size)),
         speed,
         [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
         optimized,

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from r2kit.console import duration, table
+from r2kit.data.boxes.source import BoxedImages
 from r2kit.data.resize import scaled_size
 from r2kit.evaluate import summary_lines
 from r2kit.optim import describe_groups
@@ -39,6 +40,14 @@ def print_start(console: Console, job: Job) -> None:
         shares = data.pixel_shares()
         rows = [[str(name), *(f"{100 * share:.2f} %" for share in row)] for name, *row in shares.itertuples()]
         console.print(table("labelled pixels", ["class", *shares.columns], rows))
+    if isinstance(data.source, BoxedImages):
+        objects = data.object_counts()
+        rows = [[str(name), *(str(count) for count in row)] for name, *row in objects.itertuples()]
+        console.print(table("objects", ["class", *objects.columns], rows))
+        for box in data.source.bad_boxes[:5]:
+            console.print(f"  {box.mended}: {box.where}: {box.reason}")
+        if len(data.source.bad_boxes) > 5:
+            console.print(f"  and {len(data.source.bad_boxes) - 5} more boxes cut or left out")
     if isinstance(job.task, ClassificationTask | SegmentationTask) and job.task.class_weights is not None:
         weights = job.task.class_weights.tolist()
         each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(data.classes, weights, strict=True))

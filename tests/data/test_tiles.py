@@ -10,7 +10,7 @@ from r2kit.data.tiles import cut_by_tile, merge_tiles, tile_windows
 @pytest.mark.parametrize("shape", [(100, 100), (64, 64), (37, 300), (501, 333), (65, 64), (20, 20)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
 def test_tiles_cover_every_pixel_with_the_overlap(shape, overlap):
-    windows = tile_windows(shape, 64, overlap)
+    windows = tile_windows(shape, (64, 64), overlap)
     seen = np.zeros(shape, dtype=int)
     for top, left, height, width in windows:
         assert height == min(64, shape[0])
@@ -26,14 +26,14 @@ def test_tiles_cover_every_pixel_with_the_overlap(shape, overlap):
 
 
 def test_an_image_of_one_tile_is_itself():
-    assert tile_windows((64, 64), 64, 0.5) == [(0, 0, 64, 64)]
-    assert tile_windows((10, 30), 64, 0.5) == [(0, 0, 10, 30)]
+    assert tile_windows((64, 64), (64, 64), 0.5) == [(0, 0, 64, 64)]
+    assert tile_windows((10, 30), (64, 64), 0.5) == [(0, 0, 10, 30)]
 
 
 def found_in_tiles(boxes, shape, tile, overlap):
     """A detector that finds whatever it sees of every box, and is surer of small pieces."""
     rows = []
-    for window in tile_windows(shape, tile, overlap):
+    for window in tile_windows(shape, (tile, tile), overlap):
         inside, kept = cut_boxes(boxes, window, 0.05)
         placed = inside + np.array([window[1], window[0]] * 2, dtype=np.float32)
         cut = cut_by_tile(placed, window, shape)

@@ -28,7 +28,7 @@ def read_coco(root: Path, classes: Sequence[str] | None = None) -> BoxListing:
         DataError: If a file is no COCO JSON, or an entry cannot be used.
     """
     files = _files(root)
-    names: tuple[str, ...] | None = None if classes is None else check_classes(classes, "data.classes")
+    names: tuple[str, ...] | None = None if classes is None else check_classes(classes, "data.boxes.classes")
     folder = root if root.is_dir() else root.parent
     if folder.name == "annotations":
         folder = folder.parent

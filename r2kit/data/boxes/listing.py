@@ -89,7 +89,7 @@ def check_class(name: str, classes: Sequence[str], where: str) -> str:
     if name not in classes:
         raise DataError(
             f"{where}: class '{name}' is not one of {', '.join(classes)}{did_you_mean(name, classes)}; add it to "
-            "data.classes or mend the file"
+            "data.boxes.classes or mend the file"
         )
     return name
 

@@ -22,6 +22,8 @@ SMALLEST = 1.0
 class BadBox:
     """A box that cannot be used as it is."""
 
+    image: int
+    """Position of its image."""
     where: str
     """File and line."""
     reason: str
@@ -89,15 +91,15 @@ def settle(listing: BoxListing, sizes: Sequence[tuple[int, int]], on_bad_box: Li
         cut = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
         shown = f"box {x0:.1f}, {y0:.1f}, {x1:.1f}, {y1:.1f} of '{row.name}'"
         if x1 <= x0 or y1 <= y0:
-            bad.append(BadBox(row.where, f"{shown} has no area", "left out"))
+            bad.append(BadBox(row.image, row.where, f"{shown} has no area", "left out"))
             continue
         if cut[2] - cut[0] < SMALLEST or cut[3] - cut[1] < SMALLEST:
             outside = cut[2] <= cut[0] or cut[3] <= cut[1]
             reason = f"lies outside the image of {width} x {height}" if outside else "is less than a pixel wide or high"
-            bad.append(BadBox(row.where, f"{shown} {reason}", "left out"))
+            bad.append(BadBox(row.image, row.where, f"{shown} {reason}", "left out"))
             continue
         if min(x0, y0) < -TOLERANCE or x1 > width + TOLERANCE or y1 > height + TOLERANCE:
-            bad.append(BadBox(row.where, f"{shown} reaches out of the image of {width} x {height}", "cut"))
+            bad.append(BadBox(row.image, row.where, f"{shown} reaches out of the image of {width} x {height}", "cut"))
         mask = _mask_in_pixels(row.mask, width, height, listing.relative, row.where)
         kept.append((row.image, cut, label_of[row.name], row.crowd, mask))
     if bad and on_bad_box == "error":
@@ -105,7 +107,7 @@ def settle(listing: BoxListing, sizes: Sequence[tuple[int, int]], on_bad_box: Li
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
             f"{len(bad)} of {len(listing.boxes)} boxes do not fit: {first}{more}; mend them, or have them cut or left "
-            "out with data.on_bad_box=mend"
+            "out with data.boxes.on_bad_box=mend"
         )
     return Boxes(
         np.array([item[0] for item in kept], dtype=np.int64),

@@ -109,9 +109,9 @@ def read_voc(root: Path, classes: Sequence[str] | None = None) -> BoxListing:
     if classes is None:
         names = tuple(sorted({box.name for box in boxes}))
         if not names:
-            raise DataError(f"{root}: no object in any XML file; name the classes with data.classes=[...]")
+            raise DataError(f"{root}: no object in any XML file; name the classes with data.boxes.classes=[...]")
     else:
-        names = check_classes(classes, "data.classes")
+        names = check_classes(classes, "data.boxes.classes")
         for box in boxes:
             check_class(box.name, names, box.where)
     return BoxListing(str(root), root, images, boxes, names, missing=missing)

@@ -32,7 +32,7 @@ def read_yolo(root: Path, classes: Sequence[str] | None = None) -> BoxListing:
         DataError: If the layout is another one, no names are known, or a line cannot be used.
     """
     pairs = list(_pairs(root))
-    names = check_classes(classes, "data.classes") if classes is not None else _names(root)
+    names = check_classes(classes, "data.boxes.classes") if classes is not None else _names(root)
     images: list[ImageRow] = []
     boxes: list[BoxRow] = []
     for image_folder, label_folder, part in pairs:
@@ -93,7 +93,7 @@ def _names(root: Path) -> tuple[str, ...]:
             return check_classes(_yaml_names(path), str(path))
         return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], str(path))
     raise DataError(
-        f"{root}: names no classes; add a classes.txt with one name a line, or give data.classes=[car,truck]"
+        f"{root}: names no classes; add a classes.txt with one name a line, or give data.boxes.classes=[car,truck]"
     )
 
 
@@ -127,7 +127,7 @@ def _boxes(path: Path, image: int, names: Sequence[str]) -> Iterator[BoxRow]:
         if kind != int(kind) or not 0 <= kind < len(names):
             raise DataError(
                 f"{where}: class number {fields[0]}, and there are {len(names)} classes, 0 to {len(names) - 1} "
-                f"({', '.join(names)}); name all in data.classes or mend the file"
+                f"({', '.join(names)}); name all in data.boxes.classes or mend the file"
             )
         values = [number(field, where, "a coordinate") for field in fields[1:]]
         # A coordinate far outside cannot be a share of the image: pixels were written, and all boxes would be clipped.

@@ -1,0 +1,1 @@
+"""Finding objects: detectors over any backbone, their anchors, and COCO's figures."""
