@@ -29,7 +29,7 @@ LEVELS = [
     {"report", "area"},
     {"train"},
     {"fastai"},
-    {"allocate", "compare"},
+    {"allocate", "tune", "compare"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}

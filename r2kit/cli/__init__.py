@@ -27,6 +27,7 @@ for command in (
     training.finetune,
     training.resume,
     training.allocate,
+    training.tune,
     training.compare,
     after.evaluate,
     after.predict,

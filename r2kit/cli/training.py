@@ -101,3 +101,25 @@ def compare(
     from r2kit.compare import compare_command
 
     compare_command(given or [], recipe=recipe, models=models, seeds=seeds, out=out)
+
+
+def tune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    space: Annotated[
+        list[str],
+        typer.Option(
+            help="A key to search, once for each: train.lr=1e-4..1e-2:log, model.drop_path_rate=0..0.3, "
+            "train.optimizer=adamw,sgd."
+        ),
+    ] = ...,  # type: ignore[assignment]  # typer's word for an option that must be given
+    trials: Annotated[int, typer.Option(min=1, help="Trials in the end, earlier ones and other processes' too.")] = 20,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder; given again the search goes on, or is shared. Default runs/<recipe>-tune-<n>."),
+    ] = None,
+) -> None:
+    """Search a few keys of a recipe for what is best on the validation images; the result is a recipe."""
+    from r2kit.tune import tune as search
+
+    search(recipe, space=space, trials=trials, out=out, overrides=overrides or [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -39,6 +40,7 @@ def fit(
     *,
     checkpoint: Path | None = None,
     steps: int | None = None,
+    extra: Sequence[Callback] = (),
 ) -> Recorder:
     """Train; on return the run folder holds the best and the last checkpoint.
 
@@ -49,6 +51,7 @@ def fit(
         signals: Knows when somebody asks the run to stop.
         checkpoint: Where to go on; None starts.
         steps: End after so many steps and one batch of validation; None trains as the recipe says.
+        extra: Callbacks beside our own.
 
     Raises:
         Interrupted: If somebody asked the run to stop; it is saved.
@@ -57,7 +60,7 @@ def fit(
     spec = job.recipe.train
     recorder, guard = Recorder(run, console), Guard(run, spec.max_loss_growth)
     ema = Ema(spec.ema_decay) if spec.ema else None
-    callbacks: list[Callback] = [recorder, Progress(console)]
+    callbacks: list[Callback] = [recorder, Progress(console), *extra]
     if ema is not None:
         callbacks.append(ema)
     if job.recipe.model.warm_start:
