@@ -73,12 +73,20 @@ class Classifier:
         model: (B, C, H, W) -> logits (B, K).
         device: Where to run, see `choose_device`.
         channels_last: Layout of the images in memory.
+        several: Whether the labels are independent (sigmoid) in place of one of K (softmax).
         tta: Average the probabilities over the eight orientations of each image, at eight times the cost.
     """
 
     def __init__(
-        self, model: nn.Module, device: str = "auto", *, channels_last: bool = True, tta: bool = False
+        self,
+        model: nn.Module,
+        device: str = "auto",
+        *,
+        channels_last: bool = True,
+        several: bool = False,
+        tta: bool = False,
     ) -> None:
+        self.several = several
         self.orientations = range(ORIENTATIONS if tta else 1)
         self.device = choose_device(device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -86,12 +94,12 @@ class Classifier:
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> NDArray[np.float64]:
-        """Return the probabilities (B, K) of normalised images (B, C, H, W); rows sum to 1."""
+        """Return the probabilities (B, K) of normalised images (B, C, H, W); rows sum to 1 unless `several`."""
         image = image.to(self.device, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number in self.orientations:
             logits = self.model(orient(image, number).contiguous(memory_format=self.layout))
-            total = total + logits.double().softmax(1)
+            total = total + (logits.double().sigmoid() if self.several else logits.double().softmax(1))
         probs: NDArray[np.float64] = (total / len(self.orientations)).cpu().numpy()
         return probs
 

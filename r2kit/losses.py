@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
-from timm.loss import AsymmetricLossSingleLabel
+from timm.loss import AsymmetricLossMultiLabel, AsymmetricLossSingleLabel
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 
 def classification_loss(
@@ -48,6 +50,65 @@ def classification_loss(
     if weight is None:
         return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     return F.cross_entropy(logits, target, weight, label_smoothing=label_smoothing, reduction="none").mean()
+
+
+def multilabel_loss(
+    logits: Tensor,
+    target: Tensor,
+    loss: Literal["cross_entropy", "focal", "asymmetric"] = "cross_entropy",
+    *,
+    label_smoothing: float = 0.0,
+    pos_weight: Tensor | None = None,
+    focal_gamma: float = 2.0,
+) -> Tensor:
+    """Return the loss of independent labels in nats, mean over images and labels.
+
+    Args:
+        logits: (B, K).
+        target: (B, K), 1 for each label of an image; anything between where images are mixed.
+        loss: Binary cross-entropy; focal without its alpha; or asymmetric with the powers (0 and 4) and the clip (0.05)
+            of its paper.
+        label_smoothing: Moves each target towards 0.5 by this share, in [0, 1); not for `focal`.
+        pos_weight: (K,) weight of the images with each label in the cross-entropy, see `label_weights`.
+        focal_gamma: Power of the focal loss.
+
+    Raises:
+        ValueError: If the target is not (B, K).
+
+    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4; Ridnik et al. 2021, arXiv:2009.14119, eq. 4 to 6.
+    """
+    if target.shape != logits.shape:
+        raise ValueError(f"target of shape {tuple(target.shape)} for logits {tuple(logits.shape)}: want (B, K)")
+    target = target.to(logits.dtype)
+    if loss == "focal":
+        focal: Tensor = sigmoid_focal_loss(logits, target, alpha=-1, gamma=focal_gamma, reduction="mean")
+        return focal
+    if loss == "asymmetric":
+        asymmetric = AsymmetricLossMultiLabel(
+            gamma_neg=4, gamma_pos=0, clip=0.05, smoothing=label_smoothing, reduction="mean"
+        )
+        found: Tensor = asymmetric(logits, target)
+        return found
+    target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=pos_weight)
+
+
+def label_weights(counts: Sequence[int], images: int, beta: float) -> Tensor:
+    """Return the weight of the images with a label against those without it, by their effective numbers.
+
+    Args:
+        counts: (K,) training images with each label; none counts as one.
+        images: Number of training images.
+        beta: In (0, 1): near 0 both sides weigh the same, near 1 the weight is images without / images with the label.
+
+    Returns:
+        (K,) float32.
+
+    Source: effective numbers of Cui et al. 2019, arXiv:1901.05555, eq. 2, for each label's two sides.
+    """
+    held = np.clip(np.asarray(counts, dtype=np.float64), 1.0, None)
+    bare = np.clip(images - held, 1.0, None)
+    return torch.from_numpy(np.expm1(bare * np.log(beta)) / np.expm1(held * np.log(beta))).float()
 
 
 def effective_number_weights(counts: Sequence[int], beta: float) -> Tensor:

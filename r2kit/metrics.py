@@ -182,6 +182,96 @@ def confusion_pairs(confusion: ArrayLike) -> list[tuple[int, int, int]]:
     return [(int(rows[i]), int(columns[i]), int(matrix[rows[i], columns[i]])) for i in order]
 
 
+def average_precision(score: ArrayLike, held: ArrayLike, weight: ArrayLike | None = None) -> FloatArray:
+    """Return the area under the precision-recall steps of one label.
+
+    Args:
+        score: (N,) the larger the more likely; equal ones are accepted together.
+        held: (N,) bool, whether the image has the label.
+        weight: (R, N) how often each image counts in each of R redraws; None for once, R = 1.
+
+    Returns:
+        (R,), NaN where no image that counts has the label.
+
+    Source: sum over thresholds of (recall - recall before) x precision, as scikit-learn's average_precision_score.
+    """
+    score, held = np.asarray(score, dtype=np.float64), np.asarray(held, dtype=bool)
+    weights = np.ones((1, score.size)) if weight is None else np.asarray(weight, dtype=np.float64)
+    order = np.argsort(-score, kind="stable")
+    ordered = score[order]
+    last = np.searchsorted(-ordered, -ordered, side="right") - 1  # of the images of one score
+    counted = weights[:, order]
+    right = counted * held[order]
+    precision = _ratio(np.cumsum(right, axis=1), np.cumsum(counted, axis=1))[:, last]
+    return _ratio(np.where(right > 0, right * precision, 0.0).sum(axis=1), right.sum(axis=1))
+
+
+def mean_average_precision(probs: ArrayLike, held: ArrayLike) -> float:
+    """Return the mean `average_precision` over the labels that occur; NaN if none does.
+
+    Args:
+        probs: (N, K).
+        held: (N, K) bool.
+    """
+    probs, held = np.asarray(probs), np.asarray(held, dtype=bool)
+    return _mean_of_known(np.array([average_precision(p, h)[0] for p, h in zip(probs.T, held.T, strict=True)]))
+
+
+def mean_average_precision_interval(
+    probs: ArrayLike, held: ArrayLike, groups: ArrayLike | None = None, *, n: int = 500, seed: int = 0
+) -> Interval:
+    """Return `mean_average_precision` with its `bootstrap_interval`.
+
+    Args:
+        probs: (N, K).
+        held: (N, K) bool.
+        groups: (N,) what is redrawn together, see `bootstrap_interval`.
+        n: Number of redraws.
+        seed: Seed of the redraws.
+    """
+    scores, labels = np.asarray(probs, dtype=np.float64), np.asarray(held, dtype=bool)
+
+    def redrawn(weight: FloatArray) -> FloatArray:
+        each = [average_precision(p, h, weight) for p, h in zip(scores.T, labels.T, strict=True)]
+        return _rows_mean_of_known(np.stack(each, axis=1))
+
+    # One column an image: what is summed over a redraw is how often each image came.
+    once = scipy.sparse.csr_array(scipy.sparse.identity(len(scores), format="csr"))
+    return bootstrap_interval(once, groups, statistic=redrawn, n=n, seed=seed)
+
+
+def f1_of_labels(held: ArrayLike, given: ArrayLike) -> tuple[float, float]:
+    """Return F1 as the mean over the labels that occur or are given (macro), and over all decisions (micro).
+
+    Args:
+        held: (N, K) bool, the labels of each image.
+        given: (N, K) bool, the labels that it was given. Without any label on either side both are 1: nothing is wrong.
+    """
+    sums = label_counts(held, given).sum(axis=0)[None]
+    macro, micro = _macro_f1_from_counts(sums)[0], micro_f1_from_counts(sums)[0]
+    return (1.0 if math.isnan(macro) else float(macro)), (1.0 if math.isnan(micro) else float(micro))
+
+
+def label_counts(held: ArrayLike, given: ArrayLike) -> FloatArray:
+    """Return (N, 3K): one column each for right, true and given labels of an image."""
+    held, given = np.asarray(held, dtype=bool), np.asarray(given, dtype=bool)
+    return np.concatenate([held & given, held, given], axis=1).astype(np.float64)
+
+
+def micro_f1_from_counts(sums: FloatArray) -> FloatArray:
+    """Return micro F1 (R,) from (R, 3K) sums of `label_counts`."""
+    hit, support, predicted = (part.sum(axis=1) for part in np.split(sums, 3, axis=1))
+    return _ratio(2 * hit, support + predicted)
+
+
+def labels_f1_interval(
+    held: ArrayLike, given: ArrayLike, groups: ArrayLike | None = None, *, micro: bool, seed: int = 0
+) -> Interval:
+    """Return one of the two `f1_of_labels` with its `bootstrap_interval`."""
+    statistic = micro_f1_from_counts if micro else _macro_f1_from_counts
+    return bootstrap_interval(label_counts(held, given), groups, statistic=statistic, seed=seed)
+
+
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a share; (0, 1) without observations.
 

@@ -160,7 +160,7 @@ def model_from_run(run: Run) -> nn.Module:
         bands=run.preprocess.bands,
     )
     try:
-        if recipe.task.kind == "classification":
+        if recipe.task.kind in ("classification", "multilabel"):
             load_weights(model, run.weights_file)
         else:  # all tensors, not only those of a backbone
             model.load_state_dict(safetensors.torch.load_file(run.weights_file))

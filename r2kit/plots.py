@@ -89,6 +89,8 @@ def label_words(label: Any, classes: Sequence[str]) -> str:
     label = np.asarray(label)
     if label.ndim == 0:
         return classes[int(label)]
+    if np.isin(label, (0.0, 1.0)).all():  # any number of labels, not mixed
+        return ", ".join(name for name, weight in zip(classes, label, strict=True) if weight) or "no label"
     order = [i for i in np.argsort(-label, kind="stable")[:2] if label[i] >= 0.005]
     if len(order) == 1:
         return classes[order[0]]
@@ -254,6 +256,28 @@ def confusion_figure(confusion: NDArray[Any], classes: Sequence[str], *, theme: 
                     fontsize=float(np.clip(52 / count, 4.0, 8.0)),
                     color=theme.surface if strong else theme.ink,
                 )
+    return figure
+
+
+def labels_figure(rows: Sequence[dict[str, Any]], *, theme: Theme = LIGHT) -> Figure:
+    """Return the average precision of each label, with what answering at random gives.
+
+    Args:
+        rows: ``class``, ``support``, ``average_precision`` (share, None without an image) and ``chance`` of each.
+        theme: Colours.
+    """
+    known = sorted((r for r in rows if r["average_precision"] is not None), key=lambda r: r["average_precision"])
+    figure = _figure(theme, 1.0 + 0.24 * max(len(known), 2))
+    axes = figure.subplots()
+    _axes(axes, theme, grid="x")
+    place = np.arange(len(known))
+    axes.barh(place, [row["average_precision"] for row in known], color=theme.main, height=0.62)
+    axes.plot([row["chance"] for row in known], place, "|", color=theme.ink, markersize=11, label="at random")
+    axes.set_yticks(place, labels=[f"{_short(row['class'], 20)} ({row['support']})" for row in known])
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_xlabel("average precision (images with the label)", color=theme.muted)
+    _legend(axes, theme)
     return figure
 
 

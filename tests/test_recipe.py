@@ -9,6 +9,7 @@ from r2kit.recipe import (
     DataSpec,
     DetectionSpec,
     InstanceSpec,
+    MultilabelSpec,
     Recipe,
     SaliencySpec,
     SegmentationSpec,
@@ -132,6 +133,7 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path):
 
 KINDS = {
     "classification": ClassificationSpec,
+    "multilabel": MultilabelSpec,
     "segmentation": SegmentationSpec,
     "saliency": SaliencySpec,
     "detection": DetectionSpec,
@@ -156,7 +158,7 @@ def test_starting_point_is_the_defaults_and_names_every_key(tmp_path, kind):
 
 
 def test_starting_point_of_an_unknown_task():
-    with pytest.raises(RecipeError, match=r"allowed is one of classification, segmentation.*did you mean 'segment"):
+    with pytest.raises(RecipeError, match=r"allowed is one of classification, multilabel, seg.*did you mean 'segment"):
         new_recipe("segmentatoin")
 
 

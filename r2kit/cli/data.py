@@ -36,7 +36,8 @@ def data_stats(
     from r2kit.data.statistics import describe_bands
     from r2kit.data.table import write_table
 
-    source = open_source(_recipe_of(data, overrides).data)
+    recipe = _recipe_of(data, overrides)
+    source = open_source(recipe.data, recipe.target)
     found = describe_bands(source, np.arange(len(source.manifest)))
     if out is not None:
         write_table(found.reset_index(), out)
@@ -66,7 +67,7 @@ def data_split(
 
     extra = [f"data.split={by}"] + ([] if folds is None else [f"data.folds={folds}"])
     recipe = _recipe_of(data, [*(overrides or []), *extra])
-    for path, split in write_splits(open_source(recipe.data), recipe.data, recipe.seed, out):
+    for path, split in write_splits(open_source(recipe.data, recipe.target), recipe.data, recipe.seed, out):
         counts = ", ".join(f"{len(split.rows(part))} {part}" for part in PARTS)
         typer.echo(f"{path}: {split.described}: {counts}")
         for warning in split.warnings:

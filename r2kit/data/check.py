@@ -14,7 +14,7 @@ import pandas as pd
 
 from r2kit.data.boxes.checks import BAD_BOXES
 from r2kit.data.check_page import check_page
-from r2kit.data.files import is_flat, pixel_hash
+from r2kit.data.files import SEPARATOR, is_flat, labels_of, pixel_hash
 from r2kit.data.findings import SPLIT_FILE, TARGET_CHECKS, Finding
 from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.perceptual import coefficients, near_copies
@@ -67,9 +67,7 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     lenient = recipe.data.boxes.model_copy(update={"on_bad_box": "mend"})
     source = open_source(recipe.data.model_copy(update={"on_bad_file": "skip", "boxes": lenient}), recipe.target)
     findings = _unusable(source, skip=recipe.data.on_bad_file == "skip")
-    manifest = source.manifest.assign(
-        **{"class": [source.strata[label] for label in source.manifest["label"]]}, part=None
-    )
+    manifest = source.manifest.assign(**{"class": _class_words(source)}, part=None)
     split: Split | None = None
     try:
         split = make_split(source.manifest, source.strata, recipe.data, recipe.seed, source.contents)
@@ -95,7 +93,7 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
         words = "data.boxes.on_bad_box=mend cuts them or leaves them out"
         findings = [Finding(f.kind, False, f.text, words, f.pairs) if f.kind == BAD_BOXES else f for f in findings]
     findings += _copies(manifest, measured, lows)
-    findings += _balance(manifest)
+    findings += _balance(manifest, several=source.target == "classes")
     findings += _drift(manifest, measured, source.bands)
     findings.sort(key=lambda finding: not finding.untrue)
 
@@ -118,6 +116,13 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from error
     return Verdict(findings, manifest, source.skipped)
+
+
+def _class_words(source: Source) -> list[str]:
+    """The class of each image, or its labels in one word as a table has them."""
+    if source.target != "classes":
+        return [source.strata[label] for label in source.manifest["label"]]
+    return [SEPARATOR.join(source.classes[i] for i in labels) for labels in source.manifest["labels"]]
 
 
 def _mended(split: Split, findings: list[Finding], source: Source) -> Split | None:
@@ -223,21 +228,24 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
     return findings
 
 
-def _balance(manifest: pd.DataFrame) -> list[Finding]:
+def _balance(manifest: pd.DataFrame, *, several: bool) -> list[Finding]:
     """Classes of very different size, and classes with next to nothing held out."""
     findings = []
-    counts = manifest["class"].value_counts()
+    each = manifest[["class", "part"]].assign(row=np.arange(len(manifest)))
+    if several:
+        each = each.assign(**{"class": each["class"].map(labels_of)}).explode("class").dropna(subset="class")
+    counts = each["class"].value_counts()
     if counts.iloc[0] > IMBALANCE * counts.iloc[-1]:
         text = f"class '{counts.index[0]}' has {counts.iloc[0]} images, '{counts.index[-1]}' only {counts.iloc[-1]}"
         mend = "trust balanced accuracy and macro F1, not accuracy; add images, or draw rare classes more often"
         findings.append(Finding("imbalance", False, text, mend, change="data.sampler=square_root"))
     part = "test" if (manifest["part"] == "test").any() else "val"  # the one that the result is measured on
-    held = manifest[manifest["part"] == part].groupby("class").size()
+    held = each[each["part"] == part].groupby("class").size()
     few = held[held < FEW].sort_values()
     if len(few):
         text = f"{len(few)} class(es) have fewer than {FEW} images in {part}, e.g. '{few.index[0]}' {few.iloc[0]}: the "
         text += "figures of such a class are all but chance"
-        rows = np.flatnonzero(manifest["class"].isin(few.index) & (manifest["part"] == part))
+        rows = each["row"][each["class"].isin(few.index) & (each["part"] == part)].unique()
         mend = "add images, or let every image be tested once, in folds"
         findings.append(Finding("small classes", False, text, mend, rows[:, None], change="data.folds=5"))
     return findings

@@ -20,10 +20,11 @@ from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
 from r2kit.data.mix import cutmix_masks, draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.resize import resize_batch, scaled_size
-from r2kit.data.sampling import expected_draws
+from r2kit.data.sampling import expected_draws, images_of_class
 from r2kit.data.sources import DenseSource, Source, loader_workers, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.statistics import band_statistics, check_fit
+from r2kit.data.stratify import membership
 from r2kit.errors import DataError, did_you_mean
 from r2kit.recipe import AugmentSpec, DataSpec, Target
 
@@ -128,10 +129,10 @@ class DataModule(lightning.LightningDataModule):
     def counts(self) -> pd.DataFrame:
         """Images per class (rows, in the order of the classes) and part (columns train, val, test).
 
-        One row for all images where these have no single class.
+        One row for all images where these have no class; an image with several labels counts for each of them.
         """
         names = self.strata
-        table = {part: np.bincount(self.labels[self.split.rows(part)], minlength=len(names)) for part in PARTS}
+        table = {part: images_of_class(self.labels[self.split.rows(part)], len(names)) for part in PARTS}
         return pd.DataFrame(table, index=pd.Index(names, name="class"))
 
     @property
@@ -251,7 +252,7 @@ class DataModule(lightning.LightningDataModule):
     def draws_by_class(self) -> list[int]:
         """Return how many training images of each class an epoch draws, on average, rounded."""
         rows = self.split.train
-        drawn = np.bincount(self.labels[rows], self.expected_draws(rows), minlength=len(self.classes))
+        drawn = images_of_class(self.labels[rows], len(self.classes), self.expected_draws(rows))
         return [round(value) for value in drawn]
 
     def _samples(self, train: bool, rows: np.ndarray) -> Samples:
@@ -348,7 +349,10 @@ class DataModule(lightning.LightningDataModule):
 
     def _labels(self) -> np.ndarray:
         """Labels of the manifest, as positions in the run's classes where a run is given."""
+        several = self.source.target == "classes"
         labels = self.source.manifest["label"].to_numpy(dtype=np.int64)
+        if several:
+            labels = membership(self.source.manifest, len(self.source.classes)).astype(np.float32)
         self.positions = np.arange(len(self.source.classes))
         if self._given_preprocess is None or self._given_preprocess.classes == self.source.classes:
             return labels
@@ -359,6 +363,10 @@ class DataModule(lightning.LightningDataModule):
                     f"class '{name}' is unknown to the run, which knows {', '.join(known)}{did_you_mean(name, known)}"
                 )
         self.positions = np.array([known.index(name) for name in self.source.classes], dtype=np.int64)
+        if several:
+            known_labels = np.zeros((len(labels), len(known)), dtype=np.float32)
+            known_labels[:, self.positions] = labels
+            return known_labels
         return self.positions[labels] if self.source.strata == self.source.classes else labels
 
     def _make_split(self) -> Split:

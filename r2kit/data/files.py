@@ -28,14 +28,19 @@ from r2kit.errors import DataError
 _CHECK = 3  # raise when the reader starts to accept, refuse or describe files in another way
 
 
+SEPARATOR = ";"
+"""Stands between the labels of an image with several; nothing at all is an image of none."""
+
+
 class ImageFiles:
     """Labelled image files; a source of them lists what there is and leaves the rest to this class.
 
     Args:
         name: What data.root names, for messages.
         root: Folder that the ids are relative to.
-        listed: One row per image: id (unique), class (name), part (or None), group (or None), lon and lat in degrees
-            (NaN: taken from the file's own georeference).
+        listed: One row per image: id (unique), class (name; with target `classes` any number of them, joined by
+            ``;``), part (or None), group (or None), lon and lat in degrees (NaN: taken from the file's own
+            georeference).
         bands: Names of the bands to read, or their positions from 1, in this order; None for all.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
@@ -59,8 +64,12 @@ class ImageFiles:
     ) -> None:
         self.name = name
         self.network: tuple[int, int] | None = None
+        """(H, W) to which images will be resized, by which large JPEGs are decoded smaller, see `read_image`."""
         self._decoded: DecodedImages | None = None
-        self.classes: tuple[str, ...] = tuple(sorted(listed["class"].unique()))
+        several = self.target == "classes"
+        held = listed["class"].map(lambda cell: labels_of(cell) if several else (cell,))
+        self.classes: tuple[str, ...] = tuple(sorted({label for labels in held for label in labels}))
+        held_ids = listed["id"]
         checks = check_files(name, root, listed["id"].tolist(), workers)
         listed = listed.merge(checks, on="id", how="left", validate="one_to_one", suffixes=("", "_found"))
 
@@ -69,8 +78,10 @@ class ImageFiles:
         if self.skipped and on_bad_file == "error":
             raise DataError(bad_files_message(self.skipped, len(listed)))
         listed = listed[~listed["id"].isin(reasons)].reset_index(drop=True)
+        held = held[~held_ids.isin(reasons)].reset_index(drop=True)
+        usable = {label for labels in held for label in labels}
         for label in self.classes:
-            if not (listed["class"] == label).any():
+            if label not in usable:
                 raise DataError(f"{name}: class '{label}' has no usable image, e.g. {self.skipped[0][1]}")
 
         if common is None:
@@ -84,15 +95,18 @@ class ImageFiles:
             {
                 "id": listed["id"],
                 "path": [str(root / identity) for identity in listed["id"]],
-                "label": listed["class"].map({label: i for i, label in enumerate(self.classes)}).astype(np.int64),
+                "label": _rarest(held, self.classes),
                 "split": listed["part"].astype(object),
                 "group": listed["group"].astype(object),
                 **place,
             }
         )
+        if several:
+            self.manifest["labels"] = [tuple(self.classes.index(label) for label in labels) for labels in held]
         self.strata = self.classes
         self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "flat", "height", "width", "crs", "bounds"]]
-        self.fingerprint = fingerprint_of(zip(listed["id"], self.manifest["label"], listed["sha256"], strict=True))
+        carried = self.manifest["labels" if several else "label"]
+        self.fingerprint = fingerprint_of(zip(listed["id"], carried, listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
         holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
         self.start_method = raster_start_method() if holds_rasters else None
@@ -122,6 +136,23 @@ class ImageFiles:
             return read_image(path, bands=self.bands, network=self.network)
 
         return decode() if self._decoded is None else self._decoded.read(path, decode)
+
+
+def labels_of(cell: str) -> tuple[str, ...]:
+    """Return the labels in a cell of a table, sorted, each once."""
+    return tuple(sorted({label.strip() for label in cell.split(SEPARATOR)} - {""}))
+
+
+def _rarest(held: pd.Series, classes: tuple[str, ...]) -> np.ndarray:
+    """Position of the rarest label of each image, (N,); of the most frequent one for an image without any."""
+    counts = pd.Series([label for labels in held for label in labels]).value_counts()
+    count = [int(counts[label]) for label in classes]
+    positions = {label: i for i, label in enumerate(classes)}
+    common = int(np.argmax(count))
+    return np.array(
+        [min((positions[label] for label in labels), key=lambda i: count[i], default=common) for labels in held],
+        dtype=np.int64,
+    )
 
 
 def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from r2kit.data.findings import Finding
 from r2kit.data.sources import Source
 from r2kit.data.splits import PARTS, Split
+from r2kit.data.stratify import absent, membership
 from r2kit.errors import DataError
 
 MIN_OVERLAP = 0.01
@@ -66,17 +67,17 @@ def without_leaks(split: Split, findings: list[Finding], manifest: pd.DataFrame,
     Args:
         split: The parts.
         findings: What `find_leaks` found in it.
-        manifest: Column label.
+        manifest: Column label, or labels (see `stratify.membership`).
         classes: Class names; the labels are positions in it.
 
     Raises:
         DataError: If a class then has no image left in training or validation that it had before.
     """
     gone = np.unique(np.concatenate([finding.pairs[:, 0] for finding in findings]))
-    label = manifest["label"].to_numpy()
+    held = membership(manifest, len(classes))
     kept = {name: np.setdiff1d(split.rows(name), gone) for name in PARTS}
     for name in ("train", "val"):
-        lost = set(label[split.rows(name)]) - set(label[kept[name]])
+        lost = set(absent(held[kept[name]])) - set(absent(held[split.rows(name)]))
         if lost:
             raise DataError(
                 f"data.on_leak=drop leaves no {name} image of '{classes[min(lost)]}'; divide the data anew with "

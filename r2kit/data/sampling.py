@@ -36,6 +36,20 @@ def expected_draws(labels: np.ndarray, kind: SamplerKind) -> np.ndarray:
     return weight * (len(weight) / weight.sum())
 
 
+def images_of_class(labels: np.ndarray, num_classes: int, weight: np.ndarray | None = None) -> np.ndarray:
+    """Return the number of images of each class, or the sum of their weights, (K,).
+
+    Args:
+        labels: (N,) classes, or (N, K) zeros and ones where an image has several labels.
+        num_classes: K.
+        weight: (N,), or None for one each.
+    """
+    if labels.ndim == 2:
+        counts: np.ndarray = (labels > 0).sum(axis=0) if weight is None else weight @ (labels > 0)
+        return counts
+    return np.bincount(labels, weight, minlength=num_classes)
+
+
 def draw_epoch(expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw the images of an epoch, each floor(e) or floor(e) + 1 times, e times on average, in random order.
 

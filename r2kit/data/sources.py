@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from r2kit.data.targets import MaskTarget
+from r2kit.errors import DataError
 from r2kit.recipe import DataSpec, Target
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Source(Protocol):
     """Raw value that means "no measurement", if the files declare one."""
     manifest: pd.DataFrame
     """One row per usable image: id (unique str), path (str), label (int, position in strata), split ('train', 'val',
-    'test' or None), group (str or None), lon, lat (degrees of the centre, NaN where unknown)."""
+    'test' or None), group (str or None), lon, lat (degrees of the centre, NaN where unknown). With target `classes`
+    also labels (tuple of positions, maybe empty); label is then the rarest of them."""
     contents: pd.DataFrame | None
     """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
     pixels), flat (of one colour), height, width, crs and bounds (left, bottom, right, top in units of crs; None without
@@ -96,6 +98,11 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         from r2kit.data.masks import open_masks
 
         return open_masks(spec)
+    if target == "classes" and spec.resolved_source != "table":
+        raise DataError(
+            f"task.kind=multilabel: source '{spec.resolved_source}' gives an image one class; list the images in a "
+            "table with columns path and label, the labels separated by ';', and give data.root=TABLE.csv"
+        )
     if spec.resolved_source == "bluemarble":
         from r2kit.data.bluemarble import BlueMarble
 
@@ -112,6 +119,7 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
 
         files: ImageFiles = ImageTable(
             root,
+            several=target == "classes",
             allow_outside=spec.allow_outside,
             bands=spec.bands,
             on_bad_file=spec.on_bad_file,

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from r2kit.data.files import ImageFiles
+from r2kit.data.files import SEPARATOR, ImageFiles, labels_of
 from r2kit.data.folder import PART_OF_FOLDER
 from r2kit.errors import DataError, did_you_mean
 
@@ -31,6 +31,7 @@ class ImageTable(ImageFiles):
 
     Args:
         table: CSV (comma, UTF-8, with a header) or Parquet file. Paths in it are relative to its folder.
+        several: Whether a cell of the column label holds any number of labels, separated by ``;``.
         allow_outside: Accept absolute paths and paths with ``..`` that leave the table's folder, as the text of the
             path says; links inside the folder are followed in any case.
         bands: Names of the bands to read, or their positions from 1, in this order; None for all.
@@ -45,14 +46,19 @@ class ImageTable(ImageFiles):
         self,
         table: Path,
         *,
+        several: bool = False,
         allow_outside: bool = False,
         bands: Sequence[str | int] | None = None,
         on_bad_file: Literal["error", "skip"] = "error",
         workers: int = 1,
     ) -> None:
-        listed = list_table(table, allow_outside)
-        names = sorted(listed["class"].unique())
+        listed = list_table(table, allow_outside, several=several)
+        if several:
+            self.target = "classes"
+        names = sorted(listed["class"].unique() if not several else {n for c in listed["class"] for n in labels_of(c)})
         if len(names) < 2:
+            if not names:
+                raise DataError(f"{table}: every cell of the column label is empty")
             raise DataError(f"{table}: only one label, '{names[0]}'; a classifier needs at least two")
         super().__init__(str(table), table.parent, listed, bands=bands, on_bad_file=on_bad_file, workers=workers)
 
@@ -117,13 +123,16 @@ def _text(cell: object) -> str:
     return str(cell)
 
 
-def list_table(table: Path, allow_outside: bool, carried: Literal["label", "mask"] = "label") -> pd.DataFrame:
+def list_table(
+    table: Path, allow_outside: bool, carried: Literal["label", "mask"] = "label", *, several: bool = False
+) -> pd.DataFrame:
     """Read what a table says of its images.
 
     Args:
         table: CSV or Parquet file.
         allow_outside: Accept paths that leave the table's folder.
         carried: The column that must stand beside path: the class of an image, or the path of its mask.
+        several: Whether a cell of label holds any number of labels; the class is then all of them, sorted.
 
     Returns:
         Columns id (path relative to the table's folder, or absolute), class (`image` for masks), part, group, lon, lat,
@@ -136,8 +145,10 @@ def list_table(table: Path, allow_outside: bool, carried: Literal["label", "mask
     used = tuple(name for name in COLUMNS if name == carried or name not in ("label", "mask"))
     _check_columns(table, list(frame.columns), used)
     frame = frame[[name for name in used if name in frame.columns]].apply(lambda column: column.str.strip())
-    for name in ("path", carried):
+    for name in ("path", carried)[: 1 if several else 2]:
         _refuse(table, frame, frame[name] == "", f"have no {name}")
+    if several:
+        frame["label"] = [SEPARATOR.join(labels_of(cell)) for cell in frame["label"]]
     for name in ("path", "mask")[: 2 if carried == "mask" else 1]:
         frame[name] = [os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/") for path in frame[name]]
         outside = frame[name].map(lambda path: os.path.isabs(path) or path == ".." or path.startswith("../"))
@@ -150,14 +161,15 @@ def list_table(table: Path, allow_outside: bool, carried: Literal["label", "mask
         if carried == "label" and first["label"].nunique() > 1:
             labels = " and ".join(first["label"].unique())
             raise DataError(
-                f"{table}: '{first['path'].iloc[0]}' is listed with the labels {labels}; an image has one label here"
+                f"{table}: '{first['path'].iloc[0]}' is listed with the labels {labels}; an image has one label here, "
+                "or, with task.kind=multilabel, several in one cell, separated by ';'"
             )
         raise DataError(f"{table}: '{first['path'].iloc[0]}' is listed {len(first)} times; list every image once")
     listed = pd.DataFrame({"id": frame["path"], "class": frame["label"] if carried == "label" else "image"})
     listed = listed.astype(object)
     if carried == "mask":
         listed["mask"] = frame["mask"].astype(object)
-    listed["part"] = _parts(table, frame)
+    listed["part"] = _parts(table, frame, several)
     listed["group"] = _optional(frame, "group")
     for axis, limit in (("lon", 180.0), ("lat", 90.0)):
         listed[axis] = _degrees(table, frame, axis, limit)
@@ -183,7 +195,7 @@ def _check_columns(table: Path, columns: list[str], used: tuple[str, ...]) -> No
         raise DataError(f"{table}: has only one of the columns lon and lat; both or none are needed")
 
 
-def _parts(table: Path, frame: pd.DataFrame) -> pd.Series:
+def _parts(table: Path, frame: pd.DataFrame, several: bool) -> pd.Series:
     """The split of every row as train, val or test, None where the table has none."""
     if "split" not in frame or (frame["split"] == "").all():
         return pd.Series([None] * len(frame), index=frame.index, dtype=object)
@@ -199,8 +211,9 @@ def _parts(table: Path, frame: pd.DataFrame) -> pd.Series:
         raise DataError(f"{table}: no row has the split train; leave the column out to have the images divided")
     if "label" not in frame:
         return found.astype(object)
-    label = frame["label"]
-    untrained = ~label.isin(set(label[found == "train"]))
+    label = frame["label"].map(labels_of) if several else frame["label"].map(lambda cell: (cell,))
+    trained = {name for names in label[found == "train"] for name in names}
+    untrained = ~label.map(trained.issuperset)
     _refuse(table, frame, untrained, "are of a label without a train row")
     return found.astype(object)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from r2kit import result
-from r2kit.evaluate import classification, detection, saliency, segmentation
+from r2kit.evaluate import classification, detection, multilabel, saliency, segmentation
 from r2kit.evaluate.target import Result
 from r2kit.result import detection as result_of_detection
+from r2kit.result import multilabel as result_of_multilabel
 from r2kit.result import saliency as result_of_saliency
 from r2kit.result import segmentation as result_of_segmentation
 from r2kit.run import Run, unknown_kind
@@ -51,6 +52,7 @@ def evaluate(
     """
     measures: dict[str, Callable[..., Result]] = {
         "classification": classification.evaluate,
+        "multilabel": multilabel.evaluate,
         "segmentation": segmentation.evaluate,
         "saliency": saliency.evaluate,
         "detection": detection.evaluate,
@@ -66,6 +68,7 @@ def summary_lines(found: Result) -> list[str]:
     """Return a result as a few lines for a terminal."""
     lines = {
         "classification": result.summary_lines,
+        "multilabel": result_of_multilabel.summary_lines,
         "segmentation": result_of_segmentation.summary_lines,
         "saliency": result_of_saliency.summary_lines,
         "detection": result_of_detection.summary_lines,

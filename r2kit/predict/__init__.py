@@ -48,6 +48,7 @@ def predict(
     """
     kinds: dict[str, Callable[..., pd.DataFrame]] = {
         "classification": classification.predict,
+        "multilabel": classification.predict,
         "segmentation": segmentation.predict,
         "saliency": segmentation.predict,
         "detection": detection.predict,

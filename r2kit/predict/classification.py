@@ -12,10 +12,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
+from r2kit.data.files import SEPARATOR
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.reader import find_images, read_image
 from r2kit.errors import DataError
 from r2kit.inference import Classifier, load_images
+from r2kit.recipe import MultilabelSpec
 from r2kit.result import PROBABILITY
 from r2kit.run import Run
 
@@ -37,11 +39,15 @@ def predict(
 
     Returns:
         One row an image in the order of the paths: ``path``, ``class``, ``confidence`` (the largest probability), and
-        ``prob_<class>`` for each class.
+        ``prob_<class>`` for each class. For several labels ``labels`` in place of ``class``: those of at least
+        ``task.threshold``, separated by ``;``.
     """
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
     preprocess = run.preprocess
-    classify = Classifier(run.model(), device, channels_last=run.recipe.train.channels_last, tta=tta)
+    several = run.recipe.task if isinstance(run.recipe.task, MultilabelSpec) else None
+    classify = Classifier(
+        run.model(), device, channels_last=run.recipe.train.channels_last, several=several is not None, tta=tta
+    )
     order: list[int] = []
     probs: list[NDArray[np.float64]] = []
     skipped: list[tuple[str, str]] = []
@@ -51,7 +57,7 @@ def predict(
         if batch.index:
             order += batch.index
             probs.append(classify(batch.tensors[0]))
-    table = _table([files[i] for i in order], preprocess.classes, probs)
+    table = _table([files[i] for i in order], preprocess.classes, probs, several)
     table.attrs["tta"] = tta
     table.attrs["skipped"] = [list(item) for item in skipped]
 
@@ -85,14 +91,20 @@ class _Prepare:
         return (self.preprocess.apply(raw),)
 
 
-def _table(files: Sequence[Path], classes: Sequence[str], probs: list[NDArray[np.float64]]) -> pd.DataFrame:
-    """Path, class, confidence and all probabilities of each readable image."""
+def _table(
+    files: Sequence[Path], classes: Sequence[str], probs: list[NDArray[np.float64]], several: MultilabelSpec | None
+) -> pd.DataFrame:
+    """Path, class or labels, confidence and all probabilities of each readable image."""
     stacked = np.concatenate(probs) if probs else np.zeros((0, len(classes)))
     names = np.asarray(classes, dtype=object)
+    if several is not None:
+        answer = {"labels": [SEPARATOR.join(names[row >= several.threshold]) for row in stacked]}
+    else:
+        answer = {"class": names[stacked.argmax(1)].tolist()}
     table = pd.DataFrame(
         {
             "path": [str(file) for file in files],
-            "class": names[stacked.argmax(1)] if len(stacked) else np.zeros(0, dtype=object),
+            **answer,
             "confidence": stacked.max(1) if len(stacked) else np.zeros(0),
         }
     )

@@ -22,6 +22,7 @@ from r2kit.recipe.rasters import RastersSpec
 from r2kit.recipe.task import (
     TARGET_OF_KIND,
     ClassificationSpec,
+    MultilabelSpec,
     SaliencyLossSpec,
     SaliencySpec,
     SegmentationLossSpec,
@@ -42,6 +43,7 @@ __all__ = [
     "InstanceSpec",
     "MaskSpec",
     "ModelSpec",
+    "MultilabelSpec",
     "RastersSpec",
     "Recipe",
     "SaliencyLossSpec",
@@ -113,11 +115,14 @@ class Recipe(Spec):
                 "task.loss: focal is for images of one class, and MixUp and CutMix blend two; use "
                 "task.loss=cross_entropy, or augment.mixup=0 and augment.cutmix=0"
             )
-        if isinstance(task, ClassificationSpec) and task.class_weights != "none" and self.data.sampler != "shuffle":
+        weighed = isinstance(task, ClassificationSpec | MultilabelSpec) and task.class_weights != "none"
+        if weighed and self.data.sampler != "shuffle":
             raise ValueError(
                 f"task.class_weights: data.sampler={self.data.sampler} makes up for the rare classes already; use one "
                 "of the two"
             )
+        if self.target not in ("class", "classes") and self.data.sampler != "shuffle":
+            raise ValueError(f"data.sampler: {self.data.sampler} draws by the class of whole images; use shuffle here")
         return self
 
     def _consistent_boxes(self) -> None:

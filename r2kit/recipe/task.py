@@ -131,6 +131,37 @@ class SaliencySpec(Spec):
     tiles (data.resize=tile)."""
 
 
+class MultilabelSpec(Spec):
+    """Any number of labels per image: a table whose column label holds them, separated by ``;``."""
+
+    kind: Literal["multilabel"] = "multilabel"
+    """What the network predicts."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Probability from which a label is given, in F1 and in predictions; mean average precision needs none."""
+    label_smoothing: Fraction = 0.0
+    """Moves each yes and no towards one half by this share; not for the focal loss."""
+    loss: Literal["cross_entropy", "focal", "asymmetric"] = "cross_entropy"
+    """Of each label on its own. `focal`: what the network is sure about counts less (Lin et al. 2017). `asymmetric`: of
+    the labels that an image does not have only (Ridnik et al. 2021)."""
+    focal_gamma: Annotated[float, Field(gt=0.0, le=10.0)] = 2.0
+    """For `loss: focal`: the loss of a probability p of the truth is multiplied by (1 - p) to this power."""
+    class_weights: Literal["none", "effective_number"] = "none"
+    """`effective_number`: for each label, images with it count more than those without as it is rarer; for
+    `loss: cross_entropy`."""
+    class_weights_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """For `class_weights: effective_number`: near 0 both count alike, near 1 as the inverse of their number."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MultilabelSpec:
+        refuse_unused(self, "focal_gamma", "loss", "focal")
+        refuse_unused(self, "class_weights_beta", "class_weights", "effective_number")
+        if self.class_weights != "none" and self.loss != "cross_entropy":
+            raise ValueError(f"class_weights: loss={self.loss} weighs rare labels by itself; use one of the two")
+        if self.label_smoothing > 0 and self.loss == "focal":
+            raise ValueError("label_smoothing: the focal loss has none; use label_smoothing=0 or another loss")
+        return self
+
+
 def refuse_unused(spec: Spec, name: str, key: str, needed: str) -> None:
     """Refuse a value that nothing would read.
 
@@ -155,7 +186,7 @@ def _default_kind(values: Any) -> Any:
 
 TaskSpec = Annotated[
     Annotated[
-        ClassificationSpec | SegmentationSpec | SaliencySpec | DetectionSpec | InstanceSpec,
+        ClassificationSpec | MultilabelSpec | SegmentationSpec | SaliencySpec | DetectionSpec | InstanceSpec,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_default_kind),
@@ -165,9 +196,10 @@ TaskSpec = Annotated[
 Target = Literal["class", "classes", "mask", "boxes", "outlines"]
 TARGET_OF_KIND: dict[str, Target] = {
     "classification": "class",
+    "multilabel": "classes",
     "segmentation": "mask",
     "saliency": "mask",
     "detection": "boxes",
     "instance": "outlines",
 }
-"""What an image must carry for each kind of task; a source of labels finds out by itself whether they are several."""
+"""What an image must carry for each kind of task."""

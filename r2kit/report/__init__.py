@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r2kit.report import classification, detection, saliency, segmentation
+from r2kit.report import classification, detection, multilabel, saliency, segmentation
 from r2kit.run import Run, unknown_kind
 
 __all__ = ["write_report"]
@@ -24,6 +24,7 @@ def write_report(run: Run) -> Path:
     """
     kinds = {
         "classification": classification.write_report,
+        "multilabel": multilabel.write_report,
         "segmentation": segmentation.write_report,
         "saliency": saliency.write_report,
         "detection": detection.write_report,

@@ -3,6 +3,7 @@
 from r2kit.tasks.base import Task
 from r2kit.tasks.classification import ClassificationTask, classification_metrics
 from r2kit.tasks.detection import DetectionTask, detection_metrics
+from r2kit.tasks.multilabel import MultilabelTask, multilabel_metrics
 from r2kit.tasks.saliency import SaliencyTask
 from r2kit.tasks.segmentation import SegmentationTask, segmentation_metrics
 
@@ -10,16 +11,19 @@ __all__ = [
     "TASKS",
     "ClassificationTask",
     "DetectionTask",
+    "MultilabelTask",
     "SaliencyTask",
     "SegmentationTask",
     "Task",
     "classification_metrics",
     "detection_metrics",
+    "multilabel_metrics",
     "segmentation_metrics",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
+    "multilabel": MultilabelTask,
     "segmentation": SegmentationTask,
     "detection": DetectionTask,
     "instance": DetectionTask,

@@ -9,10 +9,11 @@ from rich.console import Console
 from r2kit.console import duration, table
 from r2kit.data.boxes.source import BoxedImages
 from r2kit.data.resize import scaled_size
+from r2kit.data.splits import PARTS
 from r2kit.evaluate import summary_lines
 from r2kit.optim import describe_groups
 from r2kit.run import Run, installed_versions
-from r2kit.tasks import ClassificationTask, SegmentationTask, Task
+from r2kit.tasks import ClassificationTask, MultilabelTask, SegmentationTask, Task
 from r2kit.train.prepare import Job
 
 
@@ -33,8 +34,11 @@ def print_start(console: Console, job: Job) -> None:
     if recipe.data.sampler != "shuffle":
         counts["drawn an epoch"] = data.draws_by_class()
     rows = [[name, *row] for name, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)]
-    if len(rows) > 1:
+    if len(rows) > 1 and data.target != "classes":
         rows.append(["all", *counts.sum().tolist()])
+    elif data.target == "classes":  # an image counts for each of its labels
+        rows.append(["images", *(len(data.split.rows(part)) for part in PARTS)])
+        rows[-1] += [len(data.split.train)] * (len(counts.columns) - len(PARTS))
     console.print(table("images", ["class" if len(rows) > 1 else "", *counts.columns], rows))
     if data.target == "mask":
         shares = data.pixel_shares()
@@ -48,7 +52,10 @@ def print_start(console: Console, job: Job) -> None:
             console.print(f"  {box.mended}: {box.where}: {box.reason}")
         if len(data.source.bad_boxes) > 5:
             console.print(f"  and {len(data.source.bad_boxes) - 5} more boxes cut or left out")
-    if isinstance(job.task, ClassificationTask | SegmentationTask) and job.task.class_weights is not None:
+    if (
+        isinstance(job.task, ClassificationTask | MultilabelTask | SegmentationTask)
+        and job.task.class_weights is not None
+    ):
         weights = job.task.class_weights.tolist()
         each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(data.classes, weights, strict=True))
         console.print(f"class weights in the loss: {each}")
@@ -73,7 +80,7 @@ def print_start(console: Console, job: Job) -> None:
     console.print(f"optimize: {job.optimized}")
     for choice in job.choices:
         console.print(f"  {choice.key}: {choice.value} ({choice.reason})")
-    passes = int(counts["train"].sum()) * recipe.train.epochs + int(counts["val"].sum()) * recipe.train.epochs / 3
+    passes = (len(data.split.train) + len(data.split.val) / 3) * recipe.train.epochs
     seconds, limit = passes / job.speed, recipe.train.time_limit_seconds
     if limit is not None and limit < seconds:
         console.print(
