@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from r2kit.callbacks import Recorder
 from r2kit.data.resize import resize_batch, scaled_size
 from r2kit.errors import RecipeError
 from r2kit.recipe import TrainSpec
+from r2kit.recipe_file import to_yaml
 from r2kit.stopping import Patience, TimeLimit
 from r2kit.tasks import ClassificationTask
 
@@ -327,3 +330,37 @@ def test_the_warm_up_of_each_schedule():
     warmup = {kind: TrainSpec(schedule=kind).warmup for kind in ("cosine", "one_cycle", "step", "plateau", "constant")}
     assert warmup == {"cosine": 0.5, "one_cycle": 3.0, "step": 0.0, "plateau": 0.5, "constant": 0.5}
     assert TrainSpec(schedule="step", warmup_epochs=2.0).warmup == 2.0
+
+
+_TWO = """
+import sys, torch
+import r2kit
+from r2kit.callbacks import Recorder
+original = Recorder.on_train_epoch_end
+sums = []
+def look(self, trainer, module):
+    mine = torch.stack([p.detach().double().sum() for p in module.model.parameters()])
+    every = [torch.zeros_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(every, mine)
+    assert torch.equal(every[0], every[1]), trainer.current_epoch
+    sums.append(mine)
+    original(self, trainer, module)
+Recorder.on_train_epoch_end = look
+r2kit.finetune(sys.argv[1], out=sys.argv[2], quiet=True)
+moved = [int((a != b).sum()) for a, b in zip(sums, sums[1:])]
+assert moved[0] > 2 and moved[1] == len(sums[0]), moved
+print("in step")
+"""
+
+
+@pytest.mark.slow
+def test_processes_stay_in_step_when_stages_are_freed(quick_recipe, tmp_path):
+    """A stage freed behind DistributedDataParallel's back would have its own gradients in each process."""
+    overrides = ["train={freeze: backbone, unfreeze: [1, 2], epochs: 3, batch_size: 4, strategy: ddp}"]
+    (tmp_path / "quick.yaml").write_text(to_yaml(r2kit.load_recipe(quick_recipe, overrides)))
+    (tmp_path / "two.py").write_text(_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(tmp_path / "two.py"), str(tmp_path / "quick.yaml"), str(tmp_path / "run")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("in step") == 2
