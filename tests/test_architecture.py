@@ -25,11 +25,11 @@ LEVELS = [
     {"checkpoint"},
     {"inference", "result", "draw"},
     {"baselines", "callbacks", "stopping", "loggers", "lr_finder", "benchmark", "write_boxes", "finder"},
-    {"plots", "explain", "evaluate", "predict", "maps", "export", "doctor"},
+    {"plots", "explain", "evaluate", "predict", "maps", "export", "doctor", "noise"},
     {"report", "area"},
     {"train"},
     {"fastai"},
-    {"allocate", "tune", "compare"},
+    {"allocate", "tune", "compare", "optimism"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}

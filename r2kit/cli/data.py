@@ -104,6 +104,23 @@ def data_check(
     typer.echo("verdict: nothing found that would make a result untrue")
 
 
+@data_app.command("noise")
+def data_noise(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs: the k folds of one recipe.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for noise.html and noise.csv.")] = Path("data-noise"),
+) -> None:
+    """Rank labels that are likely wrong, by the predictions of test images that the runs did not learn."""
+    from r2kit.noise import describe, rank_noise
+    from r2kit.run import Run
+
+    ranked = rank_noise([Run.open(run) for run in runs], out)
+    issues = ranked[ranked["issue"]]
+    typer.echo(f"{len(issues)} of {len(ranked)} test images look more like another class than like their own")
+    for row in issues.head(10).to_dict("records"):
+        typer.echo(f"  {row['path']}: {describe(row)}")
+    typer.echo(f"written: {out / 'noise.html'}, {out / 'noise.csv'}")
+
+
 def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None) -> Recipe:
     """The recipe, or the defaults, with DATA as its data."""
     from r2kit.recipe_file import load_recipe

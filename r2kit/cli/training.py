@@ -50,6 +50,17 @@ def resume(
     train.resume(run)
 
 
+def optimism(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the two runs, honest and random.")] = Path("runs/optimism"),
+) -> None:
+    """Train under a random split and under one by blocks or groups: what the random one would have promised."""
+    from r2kit.optimism import optimism as measure
+
+    measure(recipe, out=out, overrides=overrides or [])
+
+
 def allocate(
     recipe: RecipeArgument,
     overrides: Overrides = None,

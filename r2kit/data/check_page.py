@@ -28,19 +28,12 @@ def check_page(source: Source, findings: list[Finding], manifest: pd.DataFrame, 
         manifest: One row per usable image, with columns id, class and part.
         skipped: (path, reason) of each image that cannot be used.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("r2kit", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     counts = pd.crosstab(manifest["class"], manifest["part"].fillna("not used"))
     examples = [
         [[_example(source, manifest, int(row)) for row in pair] for pair in finding.pairs[:_SHOWN]]
         for finding in findings
     ]
-    return environment.get_template("check.html.j2").render(
+    return page("check.html.j2").render(
         name=source.name,
         findings=findings,
         untrue=any(finding.untrue for finding in findings),
@@ -56,6 +49,18 @@ def check_page(source: Source, findings: list[Finding], manifest: pd.DataFrame, 
     )
 
 
+def page(name: str) -> jinja2.Template:
+    """Return a page of the package that escapes every value."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("r2kit", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def _of_class(source: Source, manifest: pd.DataFrame, name: str) -> list[dict[str, str]]:
     """A few pictures of a class, evenly spaced."""
     rows = np.flatnonzero(manifest["class"] == name)
@@ -67,13 +72,16 @@ def _example(source: Source, manifest: pd.DataFrame, row: int) -> dict[str, str]
     """A small picture with its name, class and part."""
     image = manifest.iloc[row]
     return {
-        "url": _thumbnail(source.read(row), source),
+        "url": thumbnail(source.read(row), source),
         "caption": f"{image['id']} · {image['class']} · {image['part'] or 'not used'}",
     }
 
 
-def _thumbnail(raw: np.ndarray, source: Source) -> str:
-    """A data URL; other values than 8-bit colours are stretched from their 2nd to their 98th percentile."""
+def thumbnail(raw: np.ndarray, source: Source) -> str:
+    """Return a small picture of raw pixels (H, W, C) as a data URL.
+
+    Other values than 8-bit colours are stretched from their 2nd to their 98th percentile.
+    """
     shown = raw[..., :3] if raw.shape[2] >= 3 else np.repeat(raw[..., :1], 3, axis=2)
     pixels = shown.astype(np.float64)
     missing = missing_pixels(shown, source.nodata)

@@ -92,9 +92,10 @@ class DataSpec(Spec):
     out, for the split by `blocks`."""
     on_bad_file: Literal["error", "skip"] = "error"
     """What an unreadable image does: stop before training, or be left out and listed."""
-    on_leak: Literal["error", "drop"] = "error"
+    on_leak: Literal["error", "drop", "keep"] = "error"
     """What happens to a training image that gives a held-out one away (same pixels, same group, overlapping ground) and
-    to a validation image that gives a test image away: stop before training, or be left out and counted."""
+    to a validation image that gives a test image away: stop before training, be left out and counted, or be kept, to
+    measure what a leak is worth: the result is then too good, and says so."""
     sampler: Literal["shuffle", "square_root", "balanced"] = "shuffle"
     """How often a class of n training images is drawn in an epoch, which is as long as there are images: as often as it
     is (n), in proportion to the square root of n, or as often as any other class (`balanced`); an image with several
