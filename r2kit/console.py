@@ -78,6 +78,8 @@ def quiet_libraries() -> None:
         ".*number of training batches.*smaller than the logging interval.*",  # r2kit writes its own log
         ".*isinstance.treespec, LeafSpec.*",  # Lightning against the newest torch
         ".*ended before the epoch ended and your dataloader is not resumable.*",  # the sampler starts where it stopped
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # Lightning's own call
+        ".*It is recommended to use .self.log.*sync_dist=True.*",  # every process has computed the same numbers
         ".*Checkpoint directory .* exists and is not empty.*",  # the run folder is made by r2kit
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -70,6 +70,18 @@ class Plan:
         return min(1.0, max(step / self.total, time_share))
 
 
+def lr_factor(optimizer: str, world: int) -> float:
+    """Return by how much the learning rate grows on several devices, whose steps see as many times the images.
+
+    Args:
+        optimizer: `sgd` (the number of devices) or `adamw` (its square root).
+        world: Number of devices.
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, sec. 2.1; Malladi et al. 2022, arXiv:2205.10287, sec. 4.
+    """
+    return float(world) if optimizer == "sgd" else math.sqrt(world)
+
+
 def _cosine(start: float, end: float, share: float) -> float:
     """Return the value on half a cosine from start to end.
 

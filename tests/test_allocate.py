@@ -298,4 +298,4 @@ def test_command_line_says_one_line_and_exit_code_2(quick_recipe, capsys):
 
 
 def test_one_default_of_the_seed_width():
-    assert inspect.signature(cli.allocate).parameters["seed_width"].default == SEED_WIDTH
+    assert inspect.signature(cli.training.allocate).parameters["seed_width"].default == SEED_WIDTH

@@ -26,6 +26,7 @@ app = typer.Typer(
 for command in (
     training.finetune,
     training.resume,
+    training.reproduce,
     training.optimism,
     training.allocate,
     training.tune,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from r2kit.cli.options import Overrides, RecipeArgument
+from r2kit.cli.options import Overrides, RecipeArgument, RunArgument
 from r2kit.errors import R2kitError
 
 
@@ -48,6 +48,17 @@ def resume(
     from r2kit import train
 
     train.resume(run)
+
+
+def reproduce(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The new folder, named exactly; default RUN-again-<n>.")] = None,
+) -> None:
+    """Run a finished run again from its own folder, and say whether the same comes out; exit code 1 if not."""
+    from r2kit import train
+
+    if any(finding.decides and not finding.agrees for finding in train.reproduce(run, out=out)):
+        raise typer.Exit(1)
 
 
 def optimism(

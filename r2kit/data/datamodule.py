@@ -17,7 +17,7 @@ from r2kit.data.boxes.samples import BoxSamples
 from r2kit.data.boxes.source import BoxedImages
 from r2kit.data.dense import MaskSamples
 from r2kit.data.leaks import find_leaks, without_leaks
-from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, make_loader
+from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, fill_batch, make_loader
 from r2kit.data.mix import cutmix_masks, draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.resize import resize_batch, scaled_size
@@ -300,8 +300,10 @@ class DataModule(lightning.LightningDataModule):
         return {key: moved(value) for key, value in batch.items()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Shrink and mix the batch on its device while training; called by the trainer."""
+        """Shrink and mix the batch on its device while training, fill it up in a validation; called by the trainer."""
         trainer = self.trainer
+        if trainer is not None and trainer.validating:
+            return fill_batch(batch, trainer.val_dataloaders.batch_size)
         if trainer is None or not trainer.training:
             return batch
         if self.size_share is not None:

@@ -193,6 +193,27 @@ class Collate:
         }
 
 
+def fill_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a batch of a validation with its images repeated up to a size.
+
+    A network's kernels depend on the shape of the batch, and with them the last bits of the result. Where all batches
+    have one shape, what comes out for an image depends neither on how many others are left for the last batch nor on
+    the number of processes. Whoever computes metrics counts a row once, by its `index`.
+
+    Args:
+        batch: Tensors (B, ...) and lists of B.
+        size: Images of a full batch.
+    """
+    given = len(batch["index"])
+    if given >= size:
+        return batch
+    again = [position % given for position in range(size)]
+    return {
+        key: value[again] if isinstance(value, Tensor) else [value[position] for position in again]
+        for key, value in batch.items()
+    }
+
+
 class Loader(DataLoader[dict[str, Any]]):
     """A DataLoader whose `DataError` stays one line when it happened in a loader process."""
 

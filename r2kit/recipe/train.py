@@ -86,6 +86,12 @@ class TrainSpec(Spec):
     """Devices to train on; `auto` takes every GPU, or one CPU process."""
     strategy: Literal["auto", "ddp"] = "auto"
     """`ddp`: one process per device, gradients averaged; `auto` is `ddp` for more than one device."""
+    lr_scaling: Literal["auto", "none"] = "auto"
+    """On several devices, where a step sees as many times the images: `auto` multiplies `lr` by their number for SGD
+    (Goyal et al. 2017, arXiv:1706.02677) and by its square root for AdamW (Malladi et al. 2022, arXiv:2205.10287)."""
+    sync_batchnorm: bool | Literal["auto"] = "auto"
+    """BatchNorm over the images of all devices; `auto` does so on several GPUs with less than 16 images each, where
+    nothing is frozen."""
     channels_last: bool = True
     """Keep images as (B, H, W, C) in memory, the faster layout for convolutions."""
     optimize: Literal["auto", "off"] = "auto"

@@ -15,7 +15,7 @@ from r2kit.freeze import Freezer
 from r2kit.models import memory_format
 from r2kit.optim import Groups, make_optimizer, parameter_groups, set_momentum
 from r2kit.recipe import Recipe
-from r2kit.schedules import Plan
+from r2kit.schedules import Plan, lr_factor
 from r2kit.seeding import derive_seed
 
 Stage = Literal["train", "val"]
@@ -138,7 +138,8 @@ class Task(L.LightningModule):
         spec = self.recipe.train
         # One kernel for the whole update, 3 to 4 times as fast on the CPU; fp16's gradient scaler cannot clip with it.
         fused = self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.groups, spec, self.lr, fused=fused)
+        factor = lr_factor(spec.optimizer, self.trainer.world_size) if spec.lr_scaling == "auto" else 1.0
+        optimizer = make_optimizer(self.groups, spec, self.lr * factor, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * spec.warmup / spec.epochs)
         self.plan = Plan(spec.schedule, warmup, total, spec.epochs, spec.step_epochs, spec.lr_factor)

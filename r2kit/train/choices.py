@@ -11,6 +11,7 @@ import torch
 from r2kit.errors import ModelError, RecipeError
 from r2kit.recipe import Recipe, TrainSpec
 from r2kit.recipe.train import AUTO_BATCH
+from r2kit.schedules import lr_factor
 
 _T = TypeVar("_T")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -92,6 +93,32 @@ def choose_compile(recipe: Recipe, device: torch.device) -> tuple[bool, str]:
     return True, "on a GPU"
 
 
+def choose_sync_batchnorm(recipe: Recipe, device: torch.device, world: int) -> tuple[bool, str]:
+    """Return whether BatchNorm is computed over the images of all devices, and why.
+
+    Args:
+        recipe: The recipe.
+        device: A device of the training.
+        world: Number of devices.
+
+    Raises:
+        RecipeError: If the recipe asks for it on a CPU.
+    """
+    spec = recipe.train
+    if spec.sync_batchnorm is True and device.type == "cpu":
+        raise RecipeError("train.sync_batchnorm: torch has it for GPUs only; use auto")
+    if spec.sync_batchnorm != "auto":
+        return spec.sync_batchnorm and world > 1, "as the recipe says"
+    if world == 1 or device.type == "cpu":
+        return False, "there is one device" if world == 1 else "torch has it for GPUs only"
+    if spec.freeze != "none":
+        return False, "the statistics of what is frozen stand still"
+    few = 16
+    if spec.batch_size == "auto" or spec.batch_size >= few:
+        return False, f"each device has {few} images or more"
+    return True, f"each device has {spec.batch_size} images, fewer than {few}"
+
+
 def choose_tf32(spec: TrainSpec, device: torch.device) -> tuple[bool, str]:
     """Return whether TF32 is used, and why.
 
@@ -107,9 +134,15 @@ def choose_tf32(spec: TrainSpec, device: torch.device) -> tuple[bool, str]:
 
 
 def describe(
-    recipe: Recipe, device: torch.device, precision: str, batch: Batch, lr: float, compiled: tuple[bool, str]
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    batch: Batch,
+    lr: float,
+    compiled: tuple[bool, str],
+    world: int = 1,
 ) -> list[Choice]:
-    """Return all choices of a training."""
+    """Return all choices of a training on so many devices."""
     spec = recipe.train
     given = "as the recipe says"
     images = batch.size * batch.passes
@@ -134,6 +167,22 @@ def describe(
         Choice("torch.compile", _on(compiled[0]), compiled[1]),
         Choice("fused optimiser", _on(fused), "one kernel for all" if fused else "fp16's scaler cannot clip with it"),
         Choice("channels last", _on(spec.channels_last), layout),
+        *_of_several_devices(recipe, device, images, lr, world),
+    ]
+
+
+def _of_several_devices(recipe: Recipe, device: torch.device, images: int, lr: float, world: int) -> list[Choice]:
+    """Return the choices that only several devices need."""
+    if world == 1:
+        return []
+    spec = recipe.train
+    factor = lr_factor(spec.optimizer, world) if spec.lr_scaling == "auto" else 1.0
+    rule = {"sgd": "with the devices", "adamw": "with the root of the devices"}[spec.optimizer]
+    why = f"a step sees {world} x {images} images; {spec.optimizer} scales {rule}"
+    synced, synced_why = choose_sync_batchnorm(recipe, device, world)
+    return [
+        Choice("scaled rate", f"{lr * factor:.4g}", why if spec.lr_scaling == "auto" else "train.lr_scaling=none"),
+        Choice("SyncBatchNorm", _on(synced), synced_why),
     ]
 
 

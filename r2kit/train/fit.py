@@ -8,18 +8,21 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from timm.layers import convert_sync_batchnorm
 
 from r2kit.callbacks import AnnealBeta, Ema, Progress, Recorder
 from r2kit.checkpoint import CheckpointFiles, first_whole
-from r2kit.errors import Interrupted
+from r2kit.errors import Interrupted, RunError
 from r2kit.loggers import LogEpochs, make_loggers
 from r2kit.run import Run
 from r2kit.stopping import Patience, TimeLimit
+from r2kit.train.choices import choose_sync_batchnorm
 from r2kit.train.guard import Guard
 from r2kit.train.keep import Keeper
 from r2kit.train.prepare import Job
 from r2kit.train.ranks import launcher, layout
 from r2kit.train.signals import StopSignals
+from r2kit.train.watch import Watch
 
 
 def newest_checkpoint(run: Run, console: Console) -> Path | None:
@@ -74,10 +77,13 @@ def fit(
         callbacks.append(LogEpochs(run))
     if job.compiled:
         job.task.model.compile()
-    callbacks += [guard, Keeper(run, recorder, guard, signals, spec, ema)]
+    watch = Watch()
+    callbacks += [watch, guard, Keeper(run, recorder, guard, signals, spec, ema)]
     on_gpu = job.device.type == "cuda"
     devices, machines = layout(spec, on_gpu)
     environment = launcher()
+    if choose_sync_batchnorm(job.recipe, job.device, devices * machines)[0]:
+        convert_sync_batchnorm(job.task.model)  # timm's, which knows norms that hold their activation
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=devices,
@@ -103,8 +109,17 @@ def fit(
     try:
         trainer.fit(job.task, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
     except RuntimeError as error:
+        lost = watch.said(error) if trainer.world_size > 1 else None
+        if lost is not None:
+            raise RunError(f"{lost}; what was saved before stays: go on with r2kit resume {run.path}") from None
         if signals.noted is None:
             raise
         # The loader processes got the signal as well, and were gone before the next batch.
         raise Interrupted(signals.noted, f"go on with r2kit resume {run.path}") from error
+    except Interrupted:
+        if not trainer.is_global_zero:
+            raise SystemExit(0) from None  # the first process says it, and how it ended
+        raise
+    finally:
+        watch.end()
     return recorder

@@ -23,7 +23,16 @@ from r2kit.lr_finder import LrTrial, find_lr
 from r2kit.models import build_network, fit_preprocess, memory_format
 from r2kit.recipe import Recipe, TrainSpec
 from r2kit.tasks import TASKS, Task
-from r2kit.train.choices import Batch, Choice, choose_compile, choose_tf32, describe, fitting_batch
+from r2kit.train.choices import (
+    Batch,
+    Choice,
+    choose_compile,
+    choose_sync_batchnorm,
+    choose_tf32,
+    describe,
+    fitting_batch,
+)
+from r2kit.train.ranks import layout
 
 
 @dataclass
@@ -111,6 +120,9 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
             trial = find_lr(task, data, device)
         task.lr = trial.lr
     compiled = choose_compile(recipe, device)
+    devices, machines = layout(recipe.train, device.type == "cuda")
+    world = devices * machines
+    choose_sync_batchnorm(recipe, device, world)  # refuses what cannot be before anything is trained
     return Job(
         recipe,
         data,
@@ -125,7 +137,7 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
         optimized,
         batch,
-        describe(recipe, device, precision, batch, task.lr, compiled),
+        describe(recipe, device, precision, batch, task.lr, compiled, world),
         trial,
         compiled[0],
     )
