@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import torch
 from PIL import Image
 from rasterio.transform import Affine
 from typer.testing import CliRunner
 
 import r2kit
 from r2kit.cli import app
+from r2kit.data.reader import open_raster
 from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError, RecipeError, RunError
 from r2kit.evaluate import evaluate, summary_lines
@@ -197,3 +199,27 @@ def test_the_run_starts_another_and_a_frozen_backbone_stands_still(pond_recipe, 
     again = r2kit.finetune(recipe, out=tmp_path / "again", quiet=True)
     before, after = pond_run.model().backbone.state_dict(), again.model().backbone.state_dict()
     assert all((before[key] == after[key]).all() for key in before)
+
+
+@pytest.mark.filterwarnings("ignore")  # exporters deprecate parts of themselves in every release
+def test_a_scene_is_mapped_and_the_network_exported(pond_run, tmp_path):
+    from r2kit.export import TOLERANCE, export
+    from r2kit.maps import MapSettings, predict_map
+    from tests.maps.conftest import write_raster
+
+    rng = np.random.default_rng(1)
+    scene = rng.integers(0, 255, (70, 100, 3)).astype(np.uint8)
+    write_raster(tmp_path / "scene.tif", scene, photometric="RGB")
+    path = predict_map(pond_run, tmp_path / "scene.tif", tmp_path / "map.tif", MapSettings(overlap=0.0))
+    with open_raster(path) as file:
+        assert file.shape == (70, 100)
+        classes = file.read(1)
+    assert set(np.unique(classes)) <= {0, 1}
+    model = pond_run.model()
+    image = pond_run.preprocess.normalize(torch.from_numpy(scene[:32, :32].transpose(2, 0, 1).copy())[None])
+    with torch.inference_mode():
+        own = model(image)[0].argmax(0).numpy()
+    assert (classes[:32, :32] == own).mean() > 0.99  # equal but for ties in rounding
+    (made,) = export(pond_run, ["torch-export"], out=tmp_path / "export")
+    assert made.difference <= TOLERANCE
+    assert np.load(tmp_path / "export" / "golden_output.npy").shape[1:] == (2, 32, 32)

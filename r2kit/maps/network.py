@@ -88,6 +88,8 @@ def ground_tile(preprocess: Preprocess, image: tuple[int, int]) -> tuple[int, in
     """
     if preprocess.resize == "squash":
         return image
+    if preprocess.resize == "tile":  # never resized
+        return preprocess.size
     if preprocess.resize == "crop":
         rows, columns = centre_window(image, preprocess.size)
         return rows.stop - rows.start, columns.stop - columns.start

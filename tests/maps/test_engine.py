@@ -213,4 +213,5 @@ def test_the_tile_is_the_ground_that_reaches_the_network(finished_run):
     assert ground_tile(pre, (100, 80)) == (100, 80)
     assert ground_tile(dataclasses.replace(pre, resize="crop"), (100, 80)) == (100, 50)
     assert ground_tile(dataclasses.replace(pre, resize="pad"), (100, 80)) == (160, 80)
+    assert ground_tile(dataclasses.replace(pre, resize="tile"), (100, 80)) == (64, 32)
     assert network.AT_ONCE == 8
