@@ -8,7 +8,7 @@ import torch
 
 from r2kit.data.bluemarble import BlueMarble
 from r2kit.data.folder import ImageFolder
-from r2kit.data.loader import EpochSampler, Samples, make_loader
+from r2kit.data.loader import EpochSampler, Samples, fill_batch, make_loader
 from r2kit.data.preprocess import Preprocess
 from r2kit.errors import DataError
 from r2kit.recipe import AugmentSpec
@@ -150,3 +150,26 @@ def test_a_file_with_other_bands_later_is_named(make_folder: Callable[..., Path]
     source.read = lambda row: np.zeros((4, 4, 4), dtype=np.uint8)  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r"a/000\.png: image with 4 bands, expected 3"):
         batches(source, 0, None, train=False)
+
+
+def test_a_batch_is_filled_up_with_its_own_images():
+    batch = {"image": torch.arange(3.0)[:, None], "index": torch.tensor([7, 8, 9]), "boxes": ["a", "b", "c"]}
+    full = fill_batch(batch, 5)
+    assert full["index"].tolist() == [7, 8, 9, 7, 8]
+    assert full["image"][:, 0].tolist() == [0.0, 1.0, 2.0, 0.0, 1.0]
+    assert full["boxes"] == ["a", "b", "c", "a", "b"]
+    assert fill_batch(batch, 3) is batch
+
+
+def test_an_interrupted_epoch_leaves_out_what_it_had():
+    sampler = EpochSampler(np.arange(20), train=True, seed=1, batch_size=4)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    other = EpochSampler(np.arange(20), train=True, seed=1, batch_size=4)
+    other.start_at(2, 8)
+    assert list(other) == whole[8:]
+    assert len(other) == 20  # Lightning counts from the start of the epoch
+    other.set_epoch(2)
+    assert list(other) == whole[8:]
+    other.set_epoch(3)
+    assert len(list(other)) == 20
