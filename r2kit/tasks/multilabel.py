@@ -50,7 +50,7 @@ class MultilabelTask(Task):
                 raise ValueError("class_counts: class weights are made from the number of images of each class")
             weights = label_weights(class_counts, images, self.spec.class_weights_beta)
         self.register_buffer("class_weights", weights, persistent=False)  # the data and the recipe give it again
-        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images
+        self.train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images
         self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, labels
 
     @classmethod
@@ -76,12 +76,8 @@ class MultilabelTask(Task):
         """Return the mean loss of the batch."""
         logits, loss = self._step(batch, "train")
         count = float(len(logits))
-        self._train_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        self.train_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of a new epoch."""
-        self._train_sums.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the outputs of the batch for the end of the epoch."""
@@ -102,10 +98,7 @@ class MultilabelTask(Task):
 
     def on_train_epoch_end(self) -> None:
         """Turn the sums of the epoch into its training metrics."""
-        sums = self._train_sums
-        if self.trainer.world_size > 1:
-            sums = self.all_gather(sums.to(self.device)).sum(0).cpu()
-        loss, count = sums.tolist()
+        loss, count = self.all_train_sums().sum(0).tolist()
         self.epoch_metrics.update(train_loss=loss / count)
 
 

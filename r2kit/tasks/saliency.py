@@ -34,7 +34,7 @@ class SaliencyTask(Task):
         assert isinstance(recipe.task, SaliencySpec)
         self.spec = recipe.task
         self.tile = recipe.data.size if recipe.data.resize == "tile" else None
-        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images
+        self.train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images
         self._val_outputs: list[tuple[Tensor, Tensor]] = []  # index; error, pixels, loss, curve
 
     @classmethod
@@ -56,12 +56,8 @@ class SaliencyTask(Task):
         """Return the loss of the batch."""
         loss = saliency_loss(self(batch["image"]).float(), batch["mask"], self.spec.loss, self.spec.side_weight)
         count = len(batch["mask"])
-        self._train_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        self.train_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of a new epoch."""
-        self._train_sums.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the measures of each image for the end of the epoch."""
@@ -99,8 +95,5 @@ class SaliencyTask(Task):
 
     def on_train_epoch_end(self) -> None:
         """Turn the sums of the epoch into its training metrics."""
-        sums = self._train_sums
-        if self.trainer.world_size > 1:
-            sums = self.all_gather(sums.to(self.device)).sum(0).cpu()
-        loss, count = sums.tolist()
+        loss, count = self.all_train_sums().sum(0).tolist()
         self.epoch_metrics.update(train_loss=loss / count)

@@ -1,3 +1,4 @@
+import inspect
 import shutil
 import signal
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 import r2kit
 from r2kit.errors import Interrupted, RunError
 from r2kit.run import Run
-from r2kit.tasks import ClassificationTask
+from r2kit.tasks import TASKS, ClassificationTask
 
 pytestmark = [
     # Lightning names the number of loader processes; r2kit chooses it.
@@ -91,6 +92,14 @@ def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(attempts, recipe_fil
     print(seen)
     assert sum(status != 0 for _, status, _ in seen) >= 10
     same_result(Run.open(out), unbroken)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_kind_of_task_keeps_its_sums_where_the_checkpoints_find_them(kind):
+    source = inspect.getsource(TASKS[kind])
+    assert "self.train_sums +=" in source
+    assert "self.all_train_sums()" in source
+    assert "_train_sums =" not in source.replace("self.train_sums =", "")
 
 
 # ------------------------------------------------------------------------------------- at a moment of our choice
