@@ -13,6 +13,7 @@ from PIL import Image
 from r2kit.data.findings import Finding
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.sources import Source
+from r2kit.data.splits import PARTS
 
 _SHOWN = 6  # pairs or images of a finding on the page
 _OF_CLASS, _CLASSES = 4, 50  # pictures of a class, and classes that have any
@@ -29,6 +30,7 @@ def check_page(source: Source, findings: list[Finding], manifest: pd.DataFrame, 
         skipped: (path, reason) of each image that cannot be used.
     """
     counts = pd.crosstab(manifest["class"], manifest["part"].fillna("not used"))
+    counts = counts[[name for name in (*PARTS, "not used") if name in counts]]
     examples = [
         [[_example(source, manifest, int(row)) for row in pair] for pair in finding.pairs[:_SHOWN]]
         for finding in findings
