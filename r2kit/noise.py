@@ -58,7 +58,7 @@ def rank_labels(probs: NDArray[np.float64], label: NDArray[np.int64]) -> pd.Data
 
 
 def rank_noise(runs: Sequence[Run], out: Path) -> pd.DataFrame:
-    """Rank the labels of the test images of runs, the likely wrong ones first, and write them down.
+    """Rank the labels of the test images of runs by self-confidence, the likely wrong ones first, and write them down.
 
     Args:
         runs: Evaluated classifications of the same classes; together they hold out each image once at most.
@@ -92,7 +92,7 @@ def rank_noise(runs: Sequence[Run], out: Path) -> pd.DataFrame:
     scored = rank_labels(probs, label)
     scored["suggested"] = np.asarray(classes, dtype=object)[scored["suggested"]]
     ranked = pd.concat([table[["id", "path", "label", "run"]], scored], axis=1)
-    ranked = ranked.sort_values(["issue", "self_confidence", "id"], ascending=[False, True, True], ignore_index=True)
+    ranked = ranked.sort_values(["self_confidence", "id"], ignore_index=True)
     ranked.insert(0, "rank", np.arange(1, len(ranked) + 1))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _page(runs: Sequence[Run], ranked: pd.DataFrame) -> str:
         module.setup()
         source = module.source
         row_of = pd.Series(np.arange(len(source.manifest)), index=source.manifest["id"])
-        for row in ranked[ranked["issue"]].head(_SHOWN).to_dict("records"):
+        for row in ranked.head(_SHOWN).to_dict("records"):
             url = thumbnail(source.read(int(row_of[row["id"]])), source)
             words = f"{row['rank']}: {row['id']}: {describe(row)}"
             pictures.append({"url": url, "caption": words})

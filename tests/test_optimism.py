@@ -32,6 +32,7 @@ def test_both_splits_stand_side_by_side_in_the_report(recipe, tmp_path):
     assert found["gap"] == pytest.approx(found["random"]["value"] - found["honest"]["value"])
     assert found["low"] < found["gap"] < found["high"]
     assert found["units"] == "groups"
+    assert found["sentence"].endswith("so no optimism is shown.") == (found["low"] <= 0)
     assert "Optimism gap: the same network under a random split reaches" in run.report.read_text()
     split = pd.read_parquet(tmp_path / "gap" / "random" / "split.parquet")
     flight = split["id"].str.split("-").str[0]

@@ -114,9 +114,10 @@ def data_noise(
     from r2kit.run import Run
 
     ranked = rank_noise([Run.open(run) for run in runs], out)
-    issues = ranked[ranked["issue"]]
-    typer.echo(f"{len(issues)} of {len(ranked)} test images look more like another class than like their own")
-    for row in issues.head(10).to_dict("records"):
+    typer.echo(
+        f"{int(ranked['issue'].sum())} of {len(ranked)} test images look more like another class than like their own"
+    )
+    for row in ranked.head(10).to_dict("records"):
         typer.echo(f"  {row['path']}: {describe(row)}")
     typer.echo(f"written: {out / 'noise.html'}, {out / 'noise.csv'}")
 
