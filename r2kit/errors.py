@@ -40,8 +40,10 @@ class RunError(R2kitError):
     """A run folder is missing, incomplete, in use, or would be overwritten."""
 
 
-class Interrupted(R2kitError):  # noqa: N818  # nothing went wrong
+class Interrupted(BaseException):  # nothing went wrong
     """Somebody asked the run to stop: Ctrl-C, or a scheduler.
+
+    No error, and none of `Exception`: like KeyboardInterrupt it passes through whatever mends errors on its way.
 
     Args:
         number: The signal; None where another process of the run received it.

@@ -151,7 +151,12 @@ class Keeper(Checkpoint):
         self.signals.training = False  # a signal now stops the process at once
         loop = trainer.fit_loop
         waited = self._between and trainer.training and not loop._should_accumulate() and loop.epoch_loop.batch_idx >= 0
-        if self.signals.noted is None or isinstance(exception, R2kitError) or not waited or trainer.world_size > 1:
+        if (
+            self.signals.noted is None
+            or isinstance(exception, R2kitError | Interrupted)
+            or not waited
+            or trainer.world_size > 1
+        ):
             return
         self._save(trainer, pl_module, trainer.current_epoch, loop.epoch_loop.batch_idx + 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,13 +10,17 @@ from typing import Any
 
 from r2kit.errors import Interrupted
 
+AGAIN = 1.0
+"""Seconds after which a signal to stop at once is repeated where the exception did not arrive."""
+
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has the first two
 
 
 class StopSignals:
     """While entered, a signal to stop is noted in training, which stops after the step, and stops all else at once.
 
-    A second signal in training stops at once too: what was saved last stays.
+    A second signal in training stops at once too: what was saved last stays. What stops at once is an exception. Python
+    loses it where the signal meets a callback of the interpreter itself, so it is raised again until it has arrived.
 
     Attributes:
         training: Whether there is something to save; the training loop says so.
@@ -26,6 +31,7 @@ class StopSignals:
         self.training = False
         self.noted: int | None = None
         self._before: dict[int, Any] = {}
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
@@ -36,6 +42,8 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._again is not None:
+            self._again.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -48,6 +56,10 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.training or self.noted is not None:
+            if self._again is None or self._again.finished.is_set():
+                self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+                self._again.daemon = True
+                self._again.start()
             raise Interrupted(number, "nothing was saved now; what was saved before stays")
         self.noted = number
         if hasattr(signal, "SIGCHLD"):

@@ -59,6 +59,25 @@ def recipe_file(quick_recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def long_recipe_file(recipe_file):
+    """The same with ten times as many steps."""
+    path = recipe_file.with_name("long.yaml")
+    path.write_text(to_yaml(load_recipe(recipe_file, ["train.epochs=40", "train.checkpoint_every=3"])))
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_unbroken(attempts, long_recipe_file, tmp_path_factory):
+    """The run of `long_recipe_file` that nobody interrupts."""
+    from r2kit.run import Run
+
+    out = tmp_path_factory.mktemp("unbroken") / "long"
+    done = attempts.run("finetune", long_recipe_file, "--out", out)
+    assert done["status"] == 0, done["said"]
+    return Run.open(out)
+
+
+@pytest.fixture(scope="session")
 def unbroken(attempts, recipe_file, tmp_path_factory):
     """The run of `recipe_file` that nobody interrupts."""
     from r2kit.run import Run

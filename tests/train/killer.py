@@ -30,6 +30,8 @@ def attempt(command, number=None, after=0.0, once=None, group=False):
 
                 main(command)
                 status = 0
+            except KeyboardInterrupt:  # before the command line has come so far as to handle it
+                status = 130
             except SystemExit as end:
                 status = end.code or 0
             except BaseException:
@@ -62,6 +64,7 @@ def attempt(command, number=None, after=0.0, once=None, group=False):
 
 
 def main():
+    import r2kit.cli
     import r2kit.train  # noqa: F401  # everything that the attempts need
 
     for line in sys.stdin:

@@ -63,6 +63,7 @@ def interrupt(attempts, recipe_file, out, *, seed, kills, span, names):
             plan["group"] = True  # the loader processes as well
         if rng.random() < 0.75:  # the others end while the run begins, or is about to go on
             plan["once"] = str(out / "plots" / "batch.png")
+        (out / "plots" / "batch.png").unlink(missing_ok=True)  # written again right before the training
         known = (out / "run.json").exists()
         again = ["resume", out] if known and rng.random() < 0.5 else None
         done = attempts.run(*(again or ["finetune", recipe_file, "--out", out, "--resume", "auto"]), **plan)
@@ -70,7 +71,6 @@ def interrupt(attempts, recipe_file, out, *, seed, kills, span, names):
         # -15: before Python has come so far as to handle the signal; a shell says 143 to that as well.
         allowed = {"SIGKILL": [-9], "SIGINT": [130, -2], "SIGTERM": [143, -15]}[name]
         assert done["status"] in [*allowed, 0], done["said"]
-        assert "Traceback" not in done["said"], done["said"]
     done = attempts.run("finetune", recipe_file, "--out", out, "--resume", "auto")
     assert done["status"] == 0, done["said"]
     return seen
@@ -85,13 +85,13 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(attempts, recip
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(attempts, recipe_file, unbroken, tmp_path, seed):
+def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(attempts, long_recipe_file, long_unbroken, tmp_path, seed):
     out = tmp_path / "run"
     names = ["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]
-    seen = interrupt(attempts, recipe_file, out, seed=100 + seed, kills=20, span=0.9, names=names)
-    print(seen)
-    assert sum(status != 0 for _, status, _ in seen) >= 10
-    same_result(Run.open(out), unbroken)
+    seen = interrupt(attempts, long_recipe_file, out, seed=100 + seed, kills=20, span=0.9, names=names)
+    print("\n", *(f"{name} {status} {seconds:.2f} s;" for name, status, seconds in seen))
+    assert all(status != 0 for _, status, _ in seen)  # twenty times, before it came to its end
+    same_result(Run.open(out), long_unbroken)
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -1,4 +1,6 @@
 import signal
+import sys
+import time
 
 import pytest
 
@@ -22,6 +24,21 @@ def test_in_training_the_first_is_noted_and_the_second_stops_at_once(capsys):
         with pytest.raises(Interrupted) as caught:
             signal.raise_signal(signal.SIGINT)
     assert caught.value.exit_code == 130
+
+
+def test_a_stop_that_python_loses_comes_again(monkeypatch):
+    monkeypatch.setattr("r2kit.train.signals.AGAIN", 0.05)
+
+    class Loses:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)  # an exception in here is only printed
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+    with StopSignals():
+        Loses()
+        with pytest.raises(Interrupted):
+            time.sleep(5)
+    time.sleep(0.1)  # and not once more when it has arrived
 
 
 def test_the_handlers_of_before_come_back():
