@@ -89,7 +89,7 @@ def read_image(
     Raises:
         DataError: If the file is missing, empty, broken, of another format, too large, or lacks a band.
     """
-    return _decode(Path(path), with_pixels=True, bands=bands, network=network, place=False)[1]
+    return _decode(Path(path), bands=bands, network=network, place=False)[1]
 
 
 def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -121,26 +121,13 @@ def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str
     return tuple(chosen)
 
 
-def inspect_image(path: str | Path, *, decode: bool = False) -> ImageInfo:
-    """Read what an image file says about itself.
-
-    Args:
-        path: The file.
-        decode: Also decode every pixel, to find truncated and damaged files.
-
-    Raises:
-        DataError: As `read_image`.
-    """
-    return _decode(Path(path), with_pixels=decode)[0]
-
-
 def examine_image(path: str | Path) -> tuple[ImageInfo, np.ndarray]:
-    """Return what `inspect_image` and `read_image` would, from one decoding.
+    """Return what an image file says about itself, and its pixels as `read_image` gives them.
 
     Raises:
         DataError: As `read_image`.
     """
-    return _decode(Path(path), with_pixels=True)
+    return _decode(Path(path))
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -186,19 +173,18 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _decode(
     path: Path,
-    with_pixels: bool,
     bands: Sequence[str | int] | None = None,
     network: tuple[int, int] | None = None,
     place: bool = True,
 ) -> tuple[ImageInfo, np.ndarray]:
-    """Read header and, if asked, pixels; turn everything that goes wrong into a `DataError` naming the file."""
+    """Read header and pixels; turn everything that goes wrong into a `DataError` naming the file."""
     try:
         kind = _sniff(path)
         if kind in _RASTER_DRIVERS:
-            return _decode_raster(path, _RASTER_DRIVERS[kind], with_pixels, bands, place)
-        info, pixels = _decode_picture(path, kind, with_pixels, network)
+            return _decode_raster(path, _RASTER_DRIVERS[kind], bands, place)
+        info, pixels = _decode_picture(path, kind, network)
         places = _places(bands, info, path)
-        if with_pixels and places is not None:
+        if places is not None:
             pixels = np.ascontiguousarray(pixels[..., places])
         return info, pixels
     except DataError:
@@ -248,17 +234,13 @@ def _check_size(path: Path, height: int, width: int, bytes_per_pixel: int) -> No
         raise DataError(f"{path}: has no pixels ({height} x {width})")
 
 
-def _decode_picture(
-    path: Path, kind: str, with_pixels: bool, network: tuple[int, int] | None
-) -> tuple[ImageInfo, np.ndarray]:
+def _decode_picture(path: Path, kind: str, network: tuple[int, int] | None) -> tuple[ImageInfo, np.ndarray]:
     """Read JPEG, PNG or WebP as RGB."""
     info = ImageInfo(RGB, "uint8", 255.0, None, float("nan"), float("nan"))
     with path.open("rb") as file:
         # The plugin's class instead of Image.open: that one warns about or refuses large pictures by a global limit.
         picture: Image.Image = _PICTURES[kind](file)
         _check_size(path, picture.height, picture.width, 4)
-        if not with_pixels:
-            return info, np.empty(0)
         if network is not None and kind == "JPEG":
             # The decoder leaves out the finest of a block's 8 x 8 waves: half the size costs about half the time.
             factor = min(picture.size) // (2 * max(network))
@@ -361,7 +343,7 @@ def describe_raster(
 
 
 def _decode_raster(
-    path: Path, driver: str, with_pixels: bool, bands: Sequence[str | int] | None, place: bool
+    path: Path, driver: str, bands: Sequence[str | int] | None, place: bool
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones; `place`: also say where it lies."""
     with open_raster(path, driver) as dataset:
@@ -369,8 +351,6 @@ def _decode_raster(
         is_picture = driver == "PNG"
         dtype = np.dtype(info.dtype)
         _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)
-        if not with_pixels:
-            return info, np.empty(0)
         places = _places(bands, info, path)
         of_one_band = palette or (is_picture and len(kept) == 1)  # its one band becomes red, green and blue
         if places is not None and not of_one_band:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from r2kit.evaluate.target import (
     other_target,
     own_target,
     refuse_failed,
+    store,
     text_of,
     write_parquet,
     write_result,
@@ -51,9 +52,7 @@ def evaluate(
     table = _table(source, target, preprocess.classes, probs)
 
     left_out = _add_baselines(table, run, target, features, load)
-    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
-    write_parquet(table, run.predictions(named.name))
-    stored = pd.read_parquet(run.predictions(named.name))
+    named, stored = store(run, target, table, tta=tta)
     result = compute(stored, preprocess.classes, split=target.name, seed=run.recipe.seed, group_word=target.group_word)
     result["task"] = "classification"
     result["predictions"] = run.predictions(named.name).name

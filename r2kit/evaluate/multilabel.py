@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from r2kit.data.files import SEPARATOR
 from r2kit.data.preprocess import Preprocess
-from r2kit.evaluate.target import other_target, own_target, refuse_failed, text_of, write_parquet, write_result
+from r2kit.evaluate.target import (
+    other_target,
+    own_target,
+    refuse_failed,
+    store,
+    text_of,
+    write_result,
+)
 from r2kit.inference import Classifier, load_images
 from r2kit.recipe import MultilabelSpec
 from r2kit.result import PROBABILITY, Result
@@ -57,10 +64,9 @@ def evaluate(
     columns = pd.DataFrame(stacked, columns=[f"{PROBABILITY}{name}" for name in classes])
     table = pd.concat([table, columns, place], axis=1)
 
-    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
-    write_parquet(table, run.predictions(named.name))
+    named, stored = store(run, target, table, tta=tta)
     result = compute(
-        pd.read_parquet(run.predictions(named.name)),
+        stored,
         classes,
         split=target.name,
         threshold=task.threshold,

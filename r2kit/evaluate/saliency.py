@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from r2kit.data.targets import IGNORE
 from r2kit.dense.saliency import f_curve, measures
 from r2kit.evaluate.segmentation import batches, table_of
-from r2kit.evaluate.target import Result, other_target, own_target, write_parquet, write_result
+from r2kit.evaluate.target import (
+    Result,
+    other_target,
+    own_target,
+    store,
+    write_result,
+)
 from r2kit.inference import PixelClassifier
 from r2kit.recipe import SaliencySpec
 from r2kit.result.saliency import compute
@@ -43,9 +47,7 @@ def evaluate(
             truth = judged[judged != IGNORE] == 1
             everything = float(f_curve(np.ones(truth.shape), truth)[0])
             rows.append({**measures(probs[1], judged), "f_everything": everything})
-    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
-    write_parquet(table_of(target, rows), run.predictions(named.name))
-    stored = pd.read_parquet(run.predictions(named.name))
+    named, stored = store(run, target, table_of(target, rows), tta=tta)
     result = compute(stored, split=target.name, seed=recipe.seed, group_word=target.group_word)
     result["predictions"] = run.predictions(named.name).name
     result["tta"] = tta

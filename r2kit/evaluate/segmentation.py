@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,8 @@ from r2kit.evaluate.target import (
     other_target,
     own_target,
     refuse_failed,
+    store,
     text_of,
-    write_parquet,
     write_result,
 )
 from r2kit.inference import PixelClassifier, load_images
@@ -73,9 +73,7 @@ def evaluate(
             for name, answer in baselines.items():
                 row[f"confusion_{name}"] = _confusion(answer(raw), judged, classes)
             rows.append(row)
-    named = replace(target, name=f"{target.name}_tta") if tta else target  # never in place of the reported result
-    write_parquet(table_of(target, rows), run.predictions(named.name))
-    stored = pd.read_parquet(run.predictions(named.name))
+    named, stored = store(run, target, table_of(target, rows), tta=tta)
     result = compute(
         stored,
         preprocess.classes,

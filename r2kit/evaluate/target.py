@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,19 @@ def refuse_failed(failed: Sequence[tuple[int, str]]) -> None:
 def text_of(group: Any) -> str | None:
     """Return a group as text, None where there is none."""
     return None if group is None or pd.isna(group) else str(group)
+
+
+def store(run: Run, target: Target, table: pd.DataFrame, *, tta: bool) -> tuple[Target, pd.DataFrame]:
+    """Store the table of an evaluation, and read back what is stored.
+
+    Test-time averaging goes to files of its own, never in place of the reported result.
+
+    Returns:
+        The target under the name of those files, for `write_result`; the stored table.
+    """
+    named = replace(target, name=f"{target.name}_tta") if tta else target
+    write_parquet(table, run.predictions(named.name))
+    return named, pd.read_parquet(run.predictions(named.name))
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:

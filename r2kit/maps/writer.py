@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,14 @@ class MapWriter:
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}; give another --out") from None
 
-    def write(self, name: str, pieces: Sequence[tuple[NDArray[Any], int, int]]) -> None:
-        """Write what belongs to one piece: (bands, H, W) pixels with their top row and left column.
+    def write(self, name: str, pixels: NDArray[Any], top: int, left: int) -> None:
+        """Write one piece: (bands, H, W) pixels from row `top` and column `left` on.
 
         The pixels are on disk before the piece counts as done.
         """
         try:
             with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB), keep_raster_open(self._draft, mode="r+") as dataset:
-                for pixels, top, left in pieces:
-                    dataset.write(pixels, window=Window(left, top, pixels.shape[2], pixels.shape[1]))
+                dataset.write(pixels, window=Window(left, top, pixels.shape[2], pixels.shape[1]))
             with self._draft.open("rb") as file:
                 os.fsync(file.fileno())
             self.done.add(name)

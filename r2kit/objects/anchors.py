@@ -84,20 +84,6 @@ def fit_anchors(kind: str, sides: NDArray[np.floating[Any]]) -> Anchors:
     return Anchors(tuple(tuple(float(s) for s in level) for level in grouped), tuple(float(r) for r in np.exp(ratios)))
 
 
-def best_overlap(anchors: Anchors, sides: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Intersection over union of each box with the anchor that fits best, both around one centre.
-
-    Args:
-        anchors: The anchors.
-        sides: (N, 2) width and height of boxes.
-    """
-    sides = np.asarray(sides, dtype=np.float64)
-    both = np.minimum(sides[:, None], anchors.boxes[None]).prod(axis=2)
-    union = sides.prod(axis=1)[:, None] + anchors.boxes.prod(axis=1)[None] - both
-    result: NDArray[np.float64] = (both / union).max(axis=1)
-    return result
-
-
 def _clusters(values: NDArray[np.float64], count: int, step: float) -> NDArray[np.float64]:
     """Centres of `count` clusters, ascending, at least a little apart; always the same for the same values."""
     distinct = len(np.unique(np.round(values, 6)))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r2kit.data.reader import MAX_IMAGE_BYTES, inspect_image, read_image
+from r2kit.data.reader import MAX_IMAGE_BYTES, examine_image, read_image
 from r2kit.errors import DataError
 
 MUTATIONS = 320
@@ -119,7 +119,7 @@ def read_all(folder: Path, samples: dict[str, bytes], seed: int, count: int, que
             content = mutate(samples[name], contents, rng)
             path.write_bytes(content)
             queue.put(("trying", name, number))
-            for call in (inspect_image, read_image):
+            for call in (examine_image, read_image):
                 try:
                     result = call(path)
                 except DataError as error:

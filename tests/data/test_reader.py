@@ -15,7 +15,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 
 from r2kit.data import reader
-from r2kit.data.reader import find_images, inspect_image, open_raster, read_image
+from r2kit.data.reader import examine_image, find_images, open_raster, read_image
 from r2kit.errors import DataError
 
 WriteTiff = Callable[..., Path]
@@ -128,7 +128,7 @@ def test_png_keeps_its_sixteen_bits(tmp_path: Path, bands: int) -> None:
     result = read_image(tmp_path / "a.png")
     assert result.dtype == np.uint16
     np.testing.assert_array_equal(result, pixels[..., :3] if bands > 1 else np.repeat(pixels, 3, axis=2))
-    info = inspect_image(tmp_path / "a.png")
+    info = examine_image(tmp_path / "a.png")[0]
     assert (info.bands, info.scale) == (("red", "green", "blue"), 65535.0)
 
 
@@ -138,7 +138,7 @@ def test_tiff_with_thirteen_bands(tmp_path: Path, dtype: str, write_tiff: WriteT
     path = write_tiff(tmp_path / "a.tif", pixels, nodata=0)
     np.testing.assert_array_equal(read_image(path), pixels)
     assert read_image(path).flags.c_contiguous
-    info = inspect_image(path)
+    info = examine_image(path)[0]
     assert info.bands == tuple(f"band{i}" for i in range(1, 14))
     assert (info.dtype, info.nodata, info.scale) == (dtype, 0.0, 255.0 if dtype == "uint8" else 1.0)
 
@@ -156,7 +156,7 @@ def test_tiff_drops_transparency_and_expands_a_palette(tmp_path: Path, write_tif
     roles = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
     path = write_tiff(tmp_path / "a.tif", pixels, photometric="RGB", roles=roles)
     np.testing.assert_array_equal(read_image(path), pixels[..., :3])
-    assert inspect_image(path).bands == ("red", "green", "blue")
+    assert examine_image(path)[0].bands == ("red", "green", "blue")
 
     index = noise(4, 4, 1, high=3)
     colours = {0: (1, 2, 3, 255), 1: (4, 5, 6, 255), 2: (250, 251, 252, 255)}
@@ -168,11 +168,11 @@ def test_tiff_drops_transparency_and_expands_a_palette(tmp_path: Path, write_tif
 def test_georeferenced_centre(tmp_path: Path, write_tiff: WriteTiff) -> None:
     # UTM zone 33 north: easting 500000 is the meridian 15 E.
     path = write_tiff(tmp_path / "a.tif", noise(10, 20, 1), transform=Affine(10, 0, 499_900, 0, -10, 4_600_050))
-    info = inspect_image(path)
+    info = examine_image(path)[0]
     assert info.lon == pytest.approx(15.0, abs=1e-9)
     assert info.lat == pytest.approx(41.55, abs=0.01)
     Image.fromarray(noise(4, 4, 3)).save(tmp_path / "plain.tif")
-    assert np.isnan(inspect_image(tmp_path / "plain.tif").lon)
+    assert np.isnan(examine_image(tmp_path / "plain.tif")[0].lon)
 
 
 def test_content_decides_not_the_name(tmp_path: Path, write_tiff: WriteTiff) -> None:
@@ -202,7 +202,7 @@ def test_content_decides_not_the_name(tmp_path: Path, write_tiff: WriteTiff) -> 
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.png"
     path.write_bytes(content)
-    for call in (read_image, inspect_image):
+    for call in (read_image, examine_image):
         with pytest.raises(DataError, match=rf"bad\.png: {message}") as caught:
             call(path)
         assert "\n" not in str(caught.value)
@@ -258,7 +258,7 @@ def test_the_limit_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_tiff(tmp_path / "large.tif", np.zeros((600, 500, 4), dtype=np.uint8))
     for name in ("large.png", "large.tif"):
         with pytest.raises(DataError, match=rf"{name}: 600 x 500 pixels .* more than the limit .* cut it into tiles"):
-            inspect_image(tmp_path / name)
+            examine_image(tmp_path / name)[0]
 
 
 def test_pixel_types_that_are_no_numbers_are_refused(tmp_path: Path, write_tiff: WriteTiff) -> None:
@@ -315,7 +315,7 @@ def test_a_truncated_file_is_always_found(tmp_path: Path, samples: dict[str, byt
     for kept in (0.3, 0.6, 0.9):
         (tmp_path / name).write_bytes(samples[name][: int(len(samples[name]) * kept)])
         with pytest.raises(DataError, match=name):
-            inspect_image(tmp_path / name, decode=True)
+            examine_image(tmp_path / name)
 
 
 # Listing -------------------------------------------------------------------------------------------------------------

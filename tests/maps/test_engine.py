@@ -58,12 +58,12 @@ def test_a_map_depends_neither_on_workers_nor_on_memory_nor_on_an_interruption(
 
     original, count = MapWriter.write, 0
 
-    def stop(self, name, pieces):
+    def stop(self, name, *piece):
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        original(self, name, pieces)
+        original(self, name, *piece)
 
     with monkeypatch.context() as patched:
         patched.setattr(MapWriter, "write", stop)
@@ -75,7 +75,7 @@ def test_a_map_depends_neither_on_workers_nor_on_memory_nor_on_an_interruption(
     seen = []
     with monkeypatch.context() as patched:
         patched.setattr(
-            MapWriter, "write", lambda self, name, pieces: (seen.append(name), original(self, name, pieces))
+            MapWriter, "write", lambda self, name, *piece: (seen.append(name), original(self, name, *piece))
         )
         again = predict_map(finished_run, scene, tmp_path / "broken.tif", MapSettings(probabilities=True))
     assert not set(seen) & set(done)
