@@ -20,9 +20,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,7 @@ import pandas as pd
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 import r2kit
-from r2kit.cache import cache_folder
+from r2kit.cache import build_folder, cache_folder
 from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError, require
 from r2kit.recipe import BlueMarbleSpec
@@ -111,23 +108,7 @@ def build(spec: BlueMarbleSpec) -> Path:
 
     world, groups, surface = load_grids(image, climate, zones, mask)
     chosen = select_tiles(groups, spec)
-    draft = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".bluemarble-", dir=folder.parent))
-        _write(draft, chosen, world, surface, spec.tile)
-        draft.chmod(0o755)  # mkdtemp makes it private; the cache may be shared
-        os.rename(draft, folder)
-    except OSError as error:
-        if not folder.is_dir():  # a real failure; otherwise another process finished first
-            raise DataError(
-                f"{folder.parent}: cannot write the tiles: {error.strerror or error}; set the environment variable "
-                "R2KIT_CACHE to a folder with room"
-            ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return build_folder(folder, lambda draft: _write(draft, chosen, world, surface, spec.tile), "the tiles")
 
 
 def select_tiles(groups: np.ndarray, spec: BlueMarbleSpec) -> pd.DataFrame:

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import r2kit
-from r2kit.cache import cache_folder
+from r2kit.cache import build_folder, cache_folder
 from r2kit.data.bluemarble import DEGREES, MASK_VALUES, load_grids, raw_files, write_geotiff
 from r2kit.data.sources import Target, fingerprint_of
 from r2kit.data.targets import MaskTarget
@@ -145,23 +142,7 @@ def _build(spec: BlueMarbleSpec) -> Path:
         places, label = places[rows], label[rows]
     if len(places) == 0:
         raise DataError(f"data.bluemarble: no tile of {spec.tile} pixels holds {spec.masks} masks; take another tile")
-    draft = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".bluemarble-", dir=folder.parent))
-        _write(draft, places, label, world, surface, spec)
-        draft.chmod(0o755)  # mkdtemp makes it private; the cache may be shared
-        os.rename(draft, folder)
-    except OSError as error:
-        if not folder.is_dir():  # a real failure; otherwise another process finished first
-            raise DataError(
-                f"{folder.parent}: cannot write the tiles: {error.strerror or error}; set the environment variable "
-                "R2KIT_CACHE to a folder with room"
-            ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return build_folder(folder, lambda draft: _write(draft, places, label, world, surface, spec), "the tiles")
 
 
 def _write(
