@@ -1,6 +1,7 @@
 """13-band Sentinel-2 as GeoTIFF tiles: written on the spot, described, and a tiny network fine-tuned on them.
 
     python benchmarks/sentinel2.py --root ../shared/data/multispectral/sentinel2 --seeds 3
+    python benchmarks/sentinel2.py --root ../shared/data/multispectral/sentinel2 --write tiles   # the tiles alone
 
 Five dates of one scene, cut into 100 places of 10 x 10 pixels; the label of a tile is the land cover of most of its
 pixels, classes of fewer than 10 places are left out. All dates of a place are one group, so that no place is trained on
@@ -61,9 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--write", type=Path, help="Write the tiles and tiles.csv into this folder, and train nothing.")
     options = parser.parse_args()
     scenes = np.load(options.root / "REFERENCE_SCENES.npy")
     cover = np.load(options.root / "LULC.npy")[..., 0]
+    if options.write is not None:
+        options.write.mkdir(parents=True)
+        print(write_tiles(options.write, scenes, cover))
+        return
     with tempfile.TemporaryDirectory() as folder:
         table = write_tiles(Path(folder), scenes, cover)
         for bands in (None, ["B04", "B03", "B02"]):

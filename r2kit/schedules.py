@@ -22,7 +22,7 @@ class Plan:
         warmup: Steps in which the rate grows.
         total: All steps.
         epochs: All epochs.
-        every: Epochs between two reductions of the kind `step`.
+        every: Epochs between two reductions of the kind `step`, or the epochs after which it reduces.
         factor: What a reduction multiplies the rate by.
     """
 
@@ -30,7 +30,7 @@ class Plan:
     warmup: int
     total: int
     epochs: int
-    every: int = 30
+    every: int | tuple[int, ...] = 30
     factor: float = 0.1
 
     def share(self, step: int, time_share: float = 0.0, reductions: int = 0) -> float:
@@ -52,7 +52,9 @@ class Plan:
         if self.kind == "one_cycle":
             return _cosine(1.0, _CYCLE_END, rest)
         if self.kind == "step":
-            return float(self.factor ** (min(at, self.total - 1) * self.epochs // self.total // self.every))
+            epoch = min(at, self.total - 1) * self.epochs // self.total
+            met = epoch // self.every if isinstance(self.every, int) else sum(epoch >= one for one in self.every)
+            return float(self.factor**met)
         return float(self.factor**reductions)  # plateau; constant has no reductions
 
     def momentum(self, step: int, time_share: float = 0.0) -> float | None:

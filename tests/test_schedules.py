@@ -10,6 +10,13 @@ def test_step_divides_by_ten_every_thirty_epochs():
     assert shares == pytest.approx([0.1 ** (epoch // 30) for epoch in range(100)])
 
 
+def test_step_takes_a_list_of_epochs():
+    plan = Plan("step", 0, 300 * 4, 300, every=(150, 225), factor=0.1)
+    at = {epoch: plan.share(epoch * 4) for epoch in (0, 149, 150, 224, 225, 299)}
+    assert list(at.values()) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert plan.share(150 * 4 - 1) == 1.0  # the last step before
+
+
 def test_one_cycle_is_torchs():
     plan = Plan("one_cycle", 30, 100, 10)
     weight = torch.nn.Parameter(torch.zeros(1))

@@ -302,6 +302,8 @@ def test_masks_and_boxes_follow_the_image():
         ),
         (["train.unfreeze=[x]"], r"allowed is a list, each a whole number at least 1"),
         (["train.step_epochs=5"], "train.step_epochs: belongs to schedule step, and schedule is 'cosine'"),
+        (["train={schedule: step, step_epochs: [5, 3]}"], r"train.step_epochs: \[5, 3\] must grow"),
+        (["train={schedule: step, step_epochs: [5, 10]}"], "train.step_epochs: 10 is not reached in 10 epochs"),
         (["train.lr_factor=0.5"], "train.lr_factor: belongs to schedule step and plateau"),
         (["train.plateau_patience=9"], "train.plateau_patience: belongs to schedule plateau"),
         (["train.nesterov=false"], "train.nesterov: belongs to optimizer sgd, and optimizer is 'adamw'"),

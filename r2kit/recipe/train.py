@@ -52,8 +52,12 @@ class TrainSpec(Spec):
     warmup_epochs: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
     """Epochs, fractions allowed, in which the learning rate grows to `lr`. `auto`: 0.3 of all epochs for `one_cycle`,
     none for `step`, half an epoch for the others."""
-    step_epochs: Annotated[int, Field(ge=1)] = 30
-    """Epochs between two reductions of the schedule `step`."""
+    step_epochs: (
+        Annotated[StrictInt, Field(ge=1)]
+        | Annotated[tuple[Annotated[StrictInt, Field(ge=1)], ...], Field(strict=False, min_length=1)]
+    ) = 30
+    """Epochs between two reductions of the schedule `step`; or a list of the epochs after which it reduces, e.g.
+    [150, 225]."""
     lr_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """What a reduction of `step` or `plateau` multiplies the learning rate by."""
     plateau_patience: Annotated[int, Field(ge=1)] = 3
@@ -136,6 +140,11 @@ class TrainSpec(Spec):
                 f"warmup_epochs: {self.warmup_epochs:g} must be less than epochs ({self.epochs}); "
                 f"e.g. train.warmup_epochs={self.epochs / 4:g}"
             )
+        if isinstance(self.step_epochs, tuple):
+            if any(first >= second for first, second in itertools.pairwise(self.step_epochs)):
+                return f"step_epochs: {list(self.step_epochs)} must grow from entry to entry, e.g. [150, 225]"
+            if self.step_epochs[-1] >= self.epochs:
+                return f"step_epochs: {self.step_epochs[-1]} is not reached in {self.epochs} epochs; give less, or more"
         if self.lr_scales is not None and self.layer_decay is not None:
             return "layer_decay: both it and lr_scales give learning rates by depth; leave one out"
         if list(self.progressive_size) != sorted(self.progressive_size):
