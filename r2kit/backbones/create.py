@@ -27,7 +27,7 @@ from r2kit.backbones.resnest import fix_drop_path
 from r2kit.backbones.weights import InChansRule, check_in_chans_rule, load_state, load_weights
 from r2kit.errors import ModelError, did_you_mean
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "map_indices"]
 
 _FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls", "output_fmt")
 # What timm takes before it calls the model's class.
@@ -110,6 +110,35 @@ def create_model(
 
 
 # -- names and options -------------------------------------------------------------------------------------------------
+
+
+def map_indices(name: str, reductions: Sequence[int], *, needs: str) -> tuple[int, ...]:
+    """Return the `out_indices` with which a network gives its maps at these reductions.
+
+    Not their positions among the maps it gives by default: DLA counts a first map, as fine as the image, that it then
+    leaves out.
+
+    Args:
+        name: A timm model or one of ours.
+        reductions: Sides of the image over sides of the map, finest first.
+        needs: What needs the maps, for messages.
+
+    Raises:
+        ModelError: If the network has no maps, or none of one of these reductions.
+    """
+    try:
+        with torch.device("meta"):
+            info: Any = create_model(name, features_only=True).feature_info
+    except ModelError as error:
+        raise ModelError(f"{needs} needs a backbone with maps of several sizes: {error}") from None
+    found = list(info.reduction())
+    if missing := [reduction for reduction in reductions if reduction not in found]:
+        raise ModelError(
+            f"model.name: {needs} needs maps of reduction {', '.join(map(str, reductions))}, and '{name}' has "
+            f"{', '.join(map(str, found))} (no {', '.join(map(str, missing))}); take a network of the ResNet or Res2Net "
+            "kind"
+        )
+    return tuple(info.out_indices[found.index(reduction)] for reduction in reductions)
 
 
 def _check_name(name: str) -> None:

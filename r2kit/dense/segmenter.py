@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r2kit.backbones import create_model
+from r2kit.backbones.create import map_indices
 from r2kit.backbones.weights import LoadReport
 from r2kit.errors import ModelError, require
 from r2kit.recipe import ModelSpec, SegmentationSpec
@@ -142,17 +143,7 @@ def build_backbone(
         options["structure"] = spec.structure
     if output_stride != 32 and depth == 5:
         options["output_stride"] = output_stride
-    try:
-        with torch.device("meta"):
-            whole = create_model(spec.name, features_only=True)
-    except ModelError as error:
-        raise ModelError(f"{needs} needs a backbone with maps of several sizes: {error}") from None
-    reductions = list(whole.feature_info.reduction())  # type: ignore[operator,union-attr]
-    if reductions[:depth] != [2 ** (i + 1) for i in range(depth)]:
-        raise ModelError(
-            f"{needs} needs maps at the strides 2 to {2**depth}, and '{spec.name}' gives them at "
-            f"{', '.join(map(str, reductions))}; take a network of the ResNet or Res2Net kind"
-        )
+    indices = map_indices(spec.name, [2 ** (i + 1) for i in range(depth)], needs=needs)
     return create_model(
         spec.name,
         pretrained=spec.pretrained,
@@ -160,6 +151,6 @@ def build_backbone(
         in_chans_rule=rule,
         rgb_bands=rgb_bands,
         features_only=True,
-        out_indices=tuple(range(depth)),
+        out_indices=indices,
         **options,
     )

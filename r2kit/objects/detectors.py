@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from r2kit.backbones import create_model
+from r2kit.backbones.create import map_indices
 from r2kit.data.tiles import Piece, cut_by_tile, merge_tiles
 from r2kit.errors import ModelError
 from r2kit.objects.anchors import LEVELS, Anchors
@@ -209,7 +210,8 @@ def build_detector(
     if (anchors is None) != (kind == "fcos"):
         raise ValueError(f"anchors: {kind} {'has none' if anchors is not None else 'needs some'}")
     reductions = tuple(level for level in LEVELS[kind] if level <= 32)
-    body = create_model(name, features_only=True, out_indices=_indices(name, reductions), **backbone_options)
+    indices = map_indices(name, reductions, needs="a detector")
+    body = create_model(name, features_only=True, out_indices=indices, **backbone_options)
     channels = body.feature_info.channels()  # type: ignore[union-attr, operator]
     two_stage = kind in ("faster_rcnn", "mask_rcnn")
     extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(width, width)
@@ -295,20 +297,3 @@ def _joined(found: Sequence[dict[str, Tensor]], pieces: Sequence[Piece], nms_iou
             pack_mask(pieces[of_piece[i]].mask_back(found[of_piece[i]]["masks"][i - first[of_piece[i]]])) for i in kept
         ]
     return result
-
-
-def _indices(name: str, reductions: Sequence[int]) -> tuple[int, ...]:
-    """Positions of the maps with the given reductions among a backbone's maps.
-
-    Raises:
-        ModelError: If it has no maps, or lacks one of these reductions.
-    """
-    with torch.device("meta"):
-        info: Any = create_model(name, features_only=True).feature_info
-    found = list(info.reduction())
-    if missing := [reduction for reduction in reductions if reduction not in found]:
-        raise ModelError(
-            f"model.name: a detector needs maps of reduction {', '.join(map(str, reductions))}, and '{name}' has "
-            f"{', '.join(map(str, found))} (no {', '.join(map(str, missing))})"
-        )
-    return tuple(found.index(reduction) for reduction in reductions)

@@ -96,3 +96,9 @@ def test_deeplabv3plus_adds_the_same_decoder_to_either_backbone(name, whole):
     assert count_parameters(model.backbone) == count_parameters(bare)
     assert count_parameters(model) - count_parameters(bare) == DEEPLAB_DECODER
     assert count_parameters(model) == whole
+
+
+def test_maps_are_found_by_their_reduction_not_by_their_place():
+    """The first map that DLA counts is as fine as the image, and is not given by default."""
+    model = build(name="dla60_res2net")
+    assert model.backbone.feature_info.reduction() == [2, 4, 8, 16, 32]

@@ -174,3 +174,10 @@ def test_a_detector_learns(kind, steps):
                 same = item["boxes"][(item["labels"] == label) & (item["scores"] > 0.3)]
                 hits += bool(len(same) and box_iou(box[None], same).max() > 0.5)
     assert hits >= 10, hits
+
+
+def test_maps_are_found_by_their_reduction_not_by_their_place():
+    """The first map that DLA counts is as fine as the image, and is not given by default."""
+    model = build_detector("faster_rcnn", "dla60_res2net", num_classes=2, anchors=anchors("faster_rcnn"), width=16)
+    assert model.backbone.body.feature_info.reduction() == [4, 8, 16, 32]
+    assert model.backbone.body.feature_info.channels() == [128, 256, 512, 1024]

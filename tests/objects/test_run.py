@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import safetensors.torch
+import torch
 from PIL import Image
 from rasterio.transform import Affine
 
@@ -228,3 +230,12 @@ def test_figures_do_not_depend_on_the_number_of_processes(detection_recipe, dete
         again = evaluate(result, split="val")
         assert float(row["val_map"]) == pytest.approx(again["map"]["value"], abs=1e-6)
         rows.append(row)
+
+
+def test_a_detector_gives_its_backbone_to_a_classification(detection_run):
+    model = r2kit.create_model("test_resnet", pretrained=str(detection_run.path), num_classes=4)
+    found = safetensors.torch.load_file(detection_run.weights_file)
+    own = model.state_dict()
+    assert set(model.load_report.missing) == {"fc.weight", "fc.bias"}
+    for name in own.keys() - {"fc.weight", "fc.bias"}:
+        assert torch.equal(own[name], found[f"network.backbone.body.{name}"])
