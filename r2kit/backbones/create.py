@@ -135,8 +135,8 @@ def map_indices(name: str, reductions: Sequence[int], *, needs: str) -> tuple[in
     if missing := [reduction for reduction in reductions if reduction not in found]:
         raise ModelError(
             f"model.name: {needs} needs maps of reduction {', '.join(map(str, reductions))}, and '{name}' has "
-            f"{', '.join(map(str, found))} (no {', '.join(map(str, missing))}); take a network of the ResNet or Res2Net "
-            "kind"
+            f"{', '.join(map(str, found))} (no {', '.join(map(str, missing))}); take a network of the ResNet or "
+            "Res2Net kind"
         )
     return tuple(info.out_indices[found.index(reduction)] for reduction in reductions)
 

@@ -19,7 +19,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from r2kit.backbones import create_model
 from r2kit.backbones.create import map_indices
 from r2kit.data.tiles import Piece, cut_by_tile, merge_tiles
-from r2kit.errors import ModelError
 from r2kit.objects.anchors import LEVELS, Anchors
 from r2kit.objects.coco import Objects, pack_mask
 
