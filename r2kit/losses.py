@@ -19,8 +19,9 @@ def classification_loss(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     focal_gamma: float | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Return the mean cross-entropy or focal loss, in nats.
+    """Return the cross-entropy or focal loss, in nats.
 
     Args:
         logits: (B, K).
@@ -29,6 +30,7 @@ def classification_loss(
         weight: (K,) of the classes, see `effective_number_weights`; None for all 1. The mean is over the images and
             not over their weights, so that a batch of rare classes counts more than another.
         focal_gamma: Power of the focal loss, for (B,) targets; None for the cross-entropy.
+        reduction: `mean` of the batch, or `none` for the loss of each image, (B,).
 
     Raises:
         ValueError: If the target is neither (B,) nor (B, K), or not (B,) for the focal loss.
@@ -44,12 +46,14 @@ def classification_loss(
         # With one power for the true and the other classes timm's asymmetric loss is the focal loss.
         focal = AsymmetricLossSingleLabel(focal_gamma, focal_gamma, eps=label_smoothing, reduction="none")
         losses: Tensor = focal(logits, target)
-        return (losses if weight is None else losses * weight[target]).mean()
+        losses = losses if weight is None else losses * weight[target]
+        return losses if reduction == "none" else losses.mean()
     if target.ndim == 2:
         target = target.to(logits.dtype)
-    if weight is None:
+    if weight is None and reduction == "mean":
         return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
-    return F.cross_entropy(logits, target, weight, label_smoothing=label_smoothing, reduction="none").mean()
+    losses = F.cross_entropy(logits, target, weight, label_smoothing=label_smoothing, reduction="none")
+    return losses if reduction == "none" else losses.mean()
 
 
 def multilabel_loss(
@@ -60,8 +64,9 @@ def multilabel_loss(
     label_smoothing: float = 0.0,
     pos_weight: Tensor | None = None,
     focal_gamma: float = 2.0,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Return the loss of independent labels in nats, mean over images and labels.
+    """Return the loss of independent labels in nats, mean over the labels.
 
     Args:
         logits: (B, K).
@@ -71,6 +76,7 @@ def multilabel_loss(
         label_smoothing: Moves each target towards 0.5 by this share, in [0, 1); not for `focal`.
         pos_weight: (K,) weight of the images with each label in the cross-entropy, see `label_weights`.
         focal_gamma: Power of the focal loss.
+        reduction: `mean` over the images, or `none` for the loss of each, (B,).
 
     Raises:
         ValueError: If the target is not (B, K).
@@ -81,16 +87,17 @@ def multilabel_loss(
         raise ValueError(f"target of shape {tuple(target.shape)} for logits {tuple(logits.shape)}: want (B, K)")
     target = target.to(logits.dtype)
     if loss == "focal":
-        focal: Tensor = sigmoid_focal_loss(logits, target, alpha=-1, gamma=focal_gamma, reduction="mean")
-        return focal
+        focal: Tensor = sigmoid_focal_loss(logits, target, alpha=-1, gamma=focal_gamma, reduction=reduction)
+        return focal if reduction == "mean" else focal.mean(1)
     if loss == "asymmetric":
         asymmetric = AsymmetricLossMultiLabel(
-            gamma_neg=4, gamma_pos=0, clip=0.05, smoothing=label_smoothing, reduction="mean"
+            gamma_neg=4, gamma_pos=0, clip=0.05, smoothing=label_smoothing, reduction=reduction
         )
         found: Tensor = asymmetric(logits, target)
-        return found
+        return found if reduction == "mean" else found.mean(1)
     target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
-    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=pos_weight)
+    losses = F.binary_cross_entropy_with_logits(logits, target, pos_weight=pos_weight, reduction=reduction)
+    return losses if reduction == "mean" else losses.mean(1)
 
 
 def label_weights(counts: Sequence[int], images: int, beta: float) -> Tensor:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from r2kit.losses import classification_loss, effective_number_weights
+from r2kit.losses import classification_loss, effective_number_weights, multilabel_loss
 
 
 def slow(logits, target, smoothing):
@@ -73,3 +73,23 @@ def test_effective_number_weights():
     inverse = effective_number_weights(counts.tolist(), 1 - 1e-9).numpy()
     np.testing.assert_allclose(inverse * counts, counts.sum() / 4, rtol=1e-4)
     assert torch.isfinite(effective_number_weights([5, 0], 0.99)).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"weight": torch.tensor([1.0, 2.0, 0.5])}, {"focal_gamma": 2.0}]
+)
+def test_the_losses_of_the_images_have_the_loss_of_the_batch_as_their_mean(options):
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    each = classification_loss(logits, target, **options, reduction="none")
+    assert each.shape == (5,)
+    torch.testing.assert_close(each.mean(), classification_loss(logits, target, **options))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal", "asymmetric"])
+def test_the_losses_of_labelled_images_have_the_loss_of_the_batch_as_their_mean(loss):
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
+    each = multilabel_loss(logits, target, loss, reduction="none")
+    assert each.shape == (5,)
+    torch.testing.assert_close(each.mean(), multilabel_loss(logits, target, loss))

@@ -62,7 +62,7 @@ def test_frozen_means_gradients_and_batch_statistics():
     assert not task.model[1].training
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
     batch = {"image": torch.randn(4, 3, 8, 8), "label": torch.tensor([0, 1, 1, 0])}
-    task._step(batch, "train")[1].backward()
+    task.loss(task(batch["image"]), batch["label"], "train").backward()
     optimizer.step()
     changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"3.weight", "3.bias"}

@@ -306,13 +306,25 @@ class DataModule(lightning.LightningDataModule):
             return fill_batch(batch, trainer.val_dataloaders.batch_size)
         if trainer is None or not trainer.training:
             return batch
-        if self.size_share is not None:
-            batch = resize_batch(batch, scaled_size(self.preprocess.size, self.size_share(trainer.current_epoch)))
-        epochs = trainer.max_epochs
-        if epochs is not None and epochs > 0 and trainer.current_epoch >= epochs - self.augment.mix_off_epochs:
-            return batch
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
         # Lightning counts the batch after this hook: batch_idx is still that of the batch before, -1 at the first.
-        return self.mix(batch, trainer.current_epoch, trainer.fit_loop.batch_idx + 1, trainer.global_rank)
+        return self.vary(batch, trainer.current_epoch, epochs, trainer.fit_loop.batch_idx + 1, trainer.global_rank)
+
+    def vary(self, batch: Batch, epoch: int, epochs: int | None, batch_index: int, rank: int = 0) -> Batch:
+        """Shrink and mix a training batch as the recipe asks for the epoch.
+
+        Args:
+            batch: A batch of the training loader; not changed.
+            epoch: Pass over the training images, from 0.
+            epochs: All passes, the last of which may go without mixing; None where that is not known.
+            batch_index: Position of the batch in the epoch, from 0.
+            rank: Process.
+        """
+        if self.size_share is not None:
+            batch = resize_batch(batch, scaled_size(self.preprocess.size, self.size_share(epoch)))
+        if epochs is not None and epoch >= epochs - self.augment.mix_off_epochs:
+            return batch
+        return self.mix(batch, epoch, batch_index, rank)
 
     def mix(self, batch: Batch, epoch: int, batch_index: int, rank: int = 0) -> Batch:
         """Apply MixUp or CutMix as the recipe asks: a pure function of seed, epoch, batch index and rank.

@@ -1,6 +1,6 @@
 """What is learned: the network, its loss, its optimiser and the metrics of an epoch, as Lightning modules."""
 
-from r2kit.tasks.base import Task
+from r2kit.tasks.base import SteppedTask, Task
 from r2kit.tasks.classification import ClassificationTask, classification_metrics
 from r2kit.tasks.detection import DetectionTask, detection_metrics
 from r2kit.tasks.multilabel import MultilabelTask, multilabel_metrics
@@ -14,6 +14,7 @@ __all__ = [
     "MultilabelTask",
     "SaliencyTask",
     "SegmentationTask",
+    "SteppedTask",
     "Task",
     "classification_metrics",
     "detection_metrics",

@@ -19,6 +19,7 @@ from r2kit.schedules import Plan, lr_factor
 from r2kit.seeding import derive_seed
 
 Stage = Literal["train", "val"]
+Reduction = Literal["mean", "none"]
 Batch = dict[str, Any]
 
 
@@ -118,7 +119,7 @@ class Task(L.LightningModule):
 
     def all_train_sums(self) -> Tensor:
         """Return the sums of the epoch so far, (devices, *sums), the same in every process."""
-        if self.trainer.world_size == 1:
+        if processes() == 1:
             return self.train_sums[None].clone()
         gathered: Tensor = self.all_gather(self.train_sums.to(self.device)).cpu()
         return gathered
@@ -179,6 +180,90 @@ class Task(L.LightningModule):
         if isinstance(strategy, DDPStrategy):
             strategy.model = self
             strategy.configure_ddp()
+
+
+class SteppedTask(Task):
+    """A task whose steps are a forward pass, a loss and a count, each callable without a trainer.
+
+    A kind of task adds `loss`, `count`, `keep`, `training_metrics` and `validation_metrics`; the steps are made of them
+    here, and another trainer, such as fastai's, makes its own.
+    """
+
+    target: ClassVar[str]
+    """Key of the batch that is learned."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, num_classes: int) -> None:
+        super().__init__(recipe, model, num_classes)
+        self._val_outputs: list[tuple[Tensor, ...]] = []  # of each batch: index, and what `keep` kept
+
+    def loss(self, logits: Tensor, target: Tensor, stage: Stage, reduction: Reduction = "mean") -> Tensor:
+        """Return the loss: that of the recipe in training; in validation a plain one, so that runs compare.
+
+        Args:
+            logits: (B, K, ...) float32.
+            target: What the batch holds under `target`.
+            stage: Training or validation.
+            reduction: `none` for the loss of each image, (B,).
+        """
+        raise NotImplementedError
+
+    def count(self, logits: Tensor, target: Tensor, loss: Tensor) -> None:
+        """Add a training batch to the sums of the epoch."""
+        raise NotImplementedError
+
+    def keep(self, index: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Keep what the metrics need of a batch of validation images, rows `index` (B,) of the manifest."""
+        raise NotImplementedError
+
+    def training_metrics(self) -> dict[str, float]:
+        """Return the training metrics of the epoch, from the sums."""
+        raise NotImplementedError
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Return the validation metrics of the epoch, from what was kept, and forget that."""
+        raise NotImplementedError
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Return the logits (B, K, ...) of validation images."""
+        found: Tensor = self(image)
+        return found
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of the batch, and count it."""
+        logits, target = self(batch["image"]).float(), batch[self.target]
+        loss = self.loss(logits, target, "train")
+        self.count(logits.detach(), target, loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the outputs of the batch for the end of the epoch."""
+        self.keep(batch["index"], self.logits(batch["image"]).float(), batch[self.target])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outputs of the last epoch."""
+        self._val_outputs.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the metrics of the epoch over every image once."""
+        self.keep_metrics(self.validation_metrics())
+
+    def on_train_epoch_end(self) -> None:
+        """Turn the sums of the epoch into its training metrics."""
+        self.epoch_metrics.update(self.training_metrics())
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return what was kept in every process, index first, each row as often as it came; and forget it."""
+        columns = tuple(torch.cat(column) for column in zip(*self._val_outputs, strict=True))
+        self._val_outputs.clear()
+        if processes() > 1:
+            columns = tuple(self.all_gather(column).flatten(0, 1) for column in columns)
+        return tuple(column.cpu() for column in columns)
+
+
+def processes() -> int:
+    """Return how many processes train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def once_each(index: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from r2kit.data.datamodule import DataModule
 from r2kit.losses import classification_loss, effective_number_weights
 from r2kit.recipe import ClassificationSpec, Recipe
-from r2kit.tasks.base import Batch, Stage, Task, once_each
+from r2kit.tasks.base import Reduction, Stage, SteppedTask, once_each
 
 
-class ClassificationTask(Task):
+class ClassificationTask(SteppedTask):
     """One class for each image.
 
     Args:
@@ -29,6 +29,7 @@ class ClassificationTask(Task):
 
     columns: ClassVar[tuple[str, ...]] = ("train_loss", "train_acc", "val_loss", "val_acc", "val_f1")
     monitor: ClassVar[str] = "val_acc"
+    target: ClassVar[str] = "label"
     class_weights: Tensor | None
 
     def __init__(
@@ -49,56 +50,40 @@ class ClassificationTask(Task):
             weights = effective_number_weights(class_counts, recipe.task.class_weights_beta)
         self.register_buffer("class_weights", weights, persistent=False)  # the data and the recipe give it again
         self.train_sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
-        self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, label
 
     @classmethod
     def from_data(cls, recipe: Recipe, model: nn.Module, data: DataModule) -> ClassificationTask:
         """Build the task for data that is set up."""
         return cls(recipe, model, len(data.classes), data.counts()["train"].tolist())
 
-    def _step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, K) and the loss of a batch."""
-        logits = self(batch["image"]).float()
-        if stage == "val":  # the plain loss, so that runs compare
-            return logits, classification_loss(logits, batch["label"])
+    def loss(self, logits: Tensor, target: Tensor, stage: Stage, reduction: Reduction = "mean") -> Tensor:
+        """Return the recipe's loss of logits (B, K), or in validation the plain cross-entropy."""
+        if stage == "val":
+            return classification_loss(logits, target, reduction=reduction)
         spec = self.spec
         gamma = spec.focal_gamma if spec.loss == "focal" else None
-        return logits, classification_loss(logits, batch["label"], spec.label_smoothing, self.class_weights, gamma)
+        return classification_loss(logits, target, spec.label_smoothing, self.class_weights, gamma, reduction)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of the batch, and count hits on the dominant label of mixed targets."""
-        logits, loss = self._step(batch, "train")
-        label = batch["label"]
-        dominant = label.argmax(1) if label.ndim == 2 else label
-        hits = (logits.detach().argmax(1) == dominant).sum()
+    def count(self, logits: Tensor, target: Tensor, loss: Tensor) -> None:
+        """Add loss and hits, on the dominant label of mixed targets."""
+        dominant = target.argmax(1) if target.ndim == 2 else target
+        hits = (logits.argmax(1) == dominant).sum()
         count = float(len(logits))
-        self.train_sums += torch.stack(
-            [loss.detach().double() * count, hits.double(), hits.new_tensor(count).double()]
-        ).cpu()
-        return loss
+        self.train_sums += torch.stack([loss.double() * count, hits.double(), hits.new_tensor(count).double()]).cpu()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the outputs of the batch for the end of the epoch."""
-        logits, _ = self._step(batch, "val")
-        self._val_outputs.append((batch["index"], logits, batch["label"]))
+    def keep(self, index: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Keep logits and labels."""
+        self._val_outputs.append((index, logits, target))
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the outputs of the last epoch."""
-        self._val_outputs.clear()
-
-    def on_validation_epoch_end(self) -> None:
-        """Compute the metrics of the epoch over every image once."""
-        index, logits, label = (torch.cat(column) for column in zip(*self._val_outputs, strict=True))
-        self._val_outputs.clear()
-        if self.trainer.world_size > 1:
-            index, logits, label = (self.all_gather(column).flatten(0, 1) for column in (index, logits, label))
-        metrics = classification_metrics(index.cpu(), logits.cpu(), label.cpu(), self.num_classes)
-        self.keep_metrics(metrics)
-
-    def on_train_epoch_end(self) -> None:
-        """Turn the sums of the epoch into its training metrics."""
+    def training_metrics(self) -> dict[str, float]:
+        """Return mean loss and accuracy."""
         loss, hits, count = self.all_train_sums().sum(0).tolist()
-        self.epoch_metrics.update({"train_loss": loss / count, self._train_acc: hits / count})
+        return {"train_loss": loss / count, self._train_acc: hits / count}
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Return what `classification_metrics` gives."""
+        index, logits, label = self.kept()
+        return classification_metrics(index, logits, label, self.num_classes)
 
 
 def classification_metrics(index: Tensor, logits: Tensor, label: Tensor, num_classes: int) -> dict[str, float]:

@@ -12,10 +12,10 @@ from r2kit.data.datamodule import DataModule
 from r2kit.losses import label_weights, multilabel_loss
 from r2kit.metrics import f1_of_labels, mean_average_precision
 from r2kit.recipe import MultilabelSpec, Recipe
-from r2kit.tasks.base import Batch, Stage, Task, once_each
+from r2kit.tasks.base import Reduction, Stage, SteppedTask, once_each
 
 
-class MultilabelTask(Task):
+class MultilabelTask(SteppedTask):
     """Any number of labels for each image; the network answers yes or no for every label on its own.
 
     Args:
@@ -31,6 +31,7 @@ class MultilabelTask(Task):
 
     columns: ClassVar[tuple[str, ...]] = ("train_loss", "val_loss", "val_map", "val_f1", "val_f1_micro")
     monitor: ClassVar[str] = "val_map"
+    target: ClassVar[str] = "label"
     class_weights: Tensor | None
 
     def __init__(
@@ -51,55 +52,44 @@ class MultilabelTask(Task):
             weights = label_weights(class_counts, images, self.spec.class_weights_beta)
         self.register_buffer("class_weights", weights, persistent=False)  # the data and the recipe give it again
         self.train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images
-        self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, logits, labels
 
     @classmethod
     def from_data(cls, recipe: Recipe, model: nn.Module, data: DataModule) -> MultilabelTask:
         """Build the task for data that is set up."""
         return cls(recipe, model, len(data.classes), len(data.split.train), data.counts()["train"].tolist())
 
-    def _step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, K) and the loss of a batch."""
-        logits = self(batch["image"]).float()
-        if stage == "val":  # the plain loss, so that runs compare
-            return logits, multilabel_loss(logits, batch["label"])
-        return logits, multilabel_loss(
+    def loss(self, logits: Tensor, target: Tensor, stage: Stage, reduction: Reduction = "mean") -> Tensor:
+        """Return the recipe's loss of logits (B, K), or in validation the plain binary cross-entropy."""
+        if stage == "val":
+            return multilabel_loss(logits, target, reduction=reduction)
+        return multilabel_loss(
             logits,
-            batch["label"],
+            target,
             self.spec.loss,
             label_smoothing=self.spec.label_smoothing,
             pos_weight=self.class_weights,
             focal_gamma=self.spec.focal_gamma,
+            reduction=reduction,
         )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of the batch."""
-        logits, loss = self._step(batch, "train")
+    def count(self, logits: Tensor, target: Tensor, loss: Tensor) -> None:
+        """Add the loss."""
         count = float(len(logits))
         self.train_sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
-        return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the outputs of the batch for the end of the epoch."""
-        logits, _ = self._step(batch, "val")
-        self._val_outputs.append((batch["index"], logits, batch["label"]))
+    def keep(self, index: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Keep logits and labels."""
+        self._val_outputs.append((index, logits, target))
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the outputs of the last epoch."""
-        self._val_outputs.clear()
-
-    def on_validation_epoch_end(self) -> None:
-        """Compute the metrics of the epoch over every image once."""
-        index, logits, label = (torch.cat(column) for column in zip(*self._val_outputs, strict=True))
-        self._val_outputs.clear()
-        if self.trainer.world_size > 1:
-            index, logits, label = (self.all_gather(column).flatten(0, 1) for column in (index, logits, label))
-        self.keep_metrics(multilabel_metrics(index.cpu(), logits.cpu(), label.cpu(), self.spec.threshold))
-
-    def on_train_epoch_end(self) -> None:
-        """Turn the sums of the epoch into its training metrics."""
+    def training_metrics(self) -> dict[str, float]:
+        """Return the mean loss."""
         loss, count = self.all_train_sums().sum(0).tolist()
-        self.epoch_metrics.update(train_loss=loss / count)
+        return {"train_loss": loss / count}
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Return what `multilabel_metrics` gives."""
+        index, logits, label = self.kept()
+        return multilabel_metrics(index, logits, label, self.spec.threshold)
 
 
 def multilabel_metrics(index: Tensor, logits: Tensor, label: Tensor, threshold: float) -> dict[str, float]:

@@ -16,10 +16,10 @@ from r2kit.dense.metrics import confusion_counts, mean_iou, pixel_accuracy
 from r2kit.dense.sliding import sliding_logits
 from r2kit.errors import RecipeError
 from r2kit.recipe import Recipe, SegmentationSpec
-from r2kit.tasks.base import Batch, Task, once_each
+from r2kit.tasks.base import Reduction, Stage, SteppedTask, once_each
 
 
-class SegmentationTask(Task):
+class SegmentationTask(SteppedTask):
     """One class for each pixel.
 
     Args:
@@ -31,6 +31,7 @@ class SegmentationTask(Task):
 
     columns: ClassVar[tuple[str, ...]] = ("train_loss", "train_acc", "val_loss", "val_acc", "val_miou")
     monitor: ClassVar[str] = "val_miou"
+    target: ClassVar[str] = "mask"
 
     def __init__(self, recipe: Recipe, model: nn.Module, num_classes: int, class_weights: Tensor | None = None) -> None:
         super().__init__(recipe, model, num_classes)
@@ -39,7 +40,6 @@ class SegmentationTask(Task):
         self.tile = recipe.data.size if recipe.data.resize == "tile" else None
         self.class_weights = class_weights
         self.train_sums = torch.zeros(4, dtype=torch.float64)  # loss, images, right pixels, labelled pixels
-        self._val_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # index, confusion, cross-entropy
 
     @classmethod
     def from_data(cls, recipe: Recipe, model: nn.Module, data: DataModule) -> SegmentationTask:
@@ -61,46 +61,54 @@ class SegmentationTask(Task):
             weights = torch.tensor(wanted)
         return cls(recipe, model, len(data.classes), weights)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of the batch, and count right pixels."""
-        logits, mask = self(batch["image"]).float(), batch["mask"]
-        loss = pixel_losses(logits, mask, self.spec.loss, self.class_weights)
-        known = mask != IGNORE
-        right = (logits.detach().argmax(1) == mask) & known
-        sums = [loss.detach() * len(mask), loss.new_tensor(len(mask)), right.sum(), known.sum()]
+    def loss(self, logits: Tensor, target: Tensor, stage: Stage, reduction: Reduction = "mean") -> Tensor:
+        """Return the recipe's loss of logits (B, K, H, W); the plain cross-entropy of labelled pixels in validation.
+
+        Raises:
+            ValueError: If the recipe's loss, which is one of the whole batch, is asked for each image.
+        """
+        if stage == "val":
+            entropy, pixels = _entropy(logits, target), (target != IGNORE).sum((1, 2))
+            if reduction == "none":
+                return entropy / pixels.clamp_min(1)
+            return entropy.sum() / pixels.sum().clamp_min(1)
+        if reduction == "none":
+            raise ValueError("reduction: the losses of a segmentation are those of a batch; none has no meaning")
+        return pixel_losses(logits, target, self.spec.loss, self.class_weights)
+
+    def count(self, logits: Tensor, target: Tensor, loss: Tensor) -> None:
+        """Add loss, images and right pixels."""
+        known = target != IGNORE
+        right = (logits.argmax(1) == target) & known
+        sums = [loss * len(target), loss.new_tensor(len(target)), right.sum(), known.sum()]
         self.train_sums += torch.stack([value.double() for value in sums]).cpu()
-        return loss
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the logits (B, K, H, W) of images of any size, in tiles where the recipe says so."""
         if self.tile is None:
-            return self(image)
+            return super().logits(image)
         return sliding_logits(self, image, self.tile, self.spec.overlap)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count the pixels of the batch for the end of the epoch."""
-        logits, mask = self.logits(batch["image"]).float(), batch["mask"]
-        entropy = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").double().sum((1, 2))
-        self._val_outputs.append((batch["index"], confusion_counts(logits.argmax(1), mask, self.num_classes), entropy))
+    def keep(self, index: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Keep the counts of the pixels and the cross-entropy of each image."""
+        confusion = confusion_counts(logits.argmax(1), target, self.num_classes)
+        self._val_outputs.append((index, confusion, _entropy(logits, target)))
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the counts of the last epoch."""
-        self._val_outputs.clear()
+    def training_metrics(self) -> dict[str, float]:
+        """Return mean loss and share of right pixels."""
+        loss, count, right, known = self.all_train_sums().sum(0).tolist()
+        return {"train_loss": loss / count, "train_acc": right / max(known, 1.0)}
 
-    def on_validation_epoch_end(self) -> None:
-        """Compute the metrics of the epoch over every image once."""
-        index, confusion, entropy = (torch.cat(column) for column in zip(*self._val_outputs, strict=True))
-        self._val_outputs.clear()
-        if self.trainer.world_size > 1:
-            index, confusion, entropy = (self.all_gather(c).flatten(0, 1) for c in (index, confusion, entropy))
-        rows = once_each(index.cpu())
-        self.keep_metrics(segmentation_metrics(confusion.cpu()[rows], entropy.cpu()[rows]))
+    def validation_metrics(self) -> dict[str, float]:
+        """Return what `segmentation_metrics` gives."""
+        index, confusion, entropy = self.kept()
+        rows = once_each(index)
+        return segmentation_metrics(confusion[rows], entropy[rows])
 
-    def on_train_epoch_end(self) -> None:
-        """Turn the sums of the epoch into its training metrics."""
-        sums = self.all_train_sums().sum(0)
-        loss, count, right, known = sums.tolist()
-        self.epoch_metrics.update(train_loss=loss / count, train_acc=right / max(known, 1.0))
+
+def _entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the summed cross-entropy (B,) of the labelled pixels of each image, float64."""
+    return F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").double().sum((1, 2))
 
 
 def segmentation_metrics(confusion: Tensor, entropy: Tensor) -> dict[str, float]:

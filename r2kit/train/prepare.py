@@ -73,27 +73,10 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
     with console.status("reading the data"):
-        data = DataModule(
-            recipe.data,
-            recipe.augment,
-            seed=recipe.seed,
-            batch_size=recipe.train.pass_size,
-            target=recipe.target,
-        )
-        data.setup()
-    data.size_share = recipe.train.size_share if recipe.train.progressive_size else None
-    L.seed_everything(recipe.seed, verbose=False)
-    bands, classes = len(data.preprocess.bands), len(data.preprocess.classes)
-
-    def images(report: LoadReport) -> Loader:
-        data.preprocess, _ = fit_preprocess(data.preprocess, report)
-        return data.train_dataloader()
-
-    model = build_network(recipe, num_classes=classes, bands=data.preprocess.bands, images=images)
-    report: LoadReport | None = model.load_report  # type: ignore[assignment]
-    data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
-    model = model.to(memory_format=memory_format(recipe.train.channels_last))
+        data = open_data(recipe)
+    model, loaded = start_network(recipe, data)
     optimized = speed_up(model, recipe.train, device, precision)
+    bands = len(data.preprocess.bands)
     task = TASKS[recipe.task.kind].from_data(recipe, model, data)
     size = recipe.data.size
     with console.status("measuring the network"):
@@ -134,13 +117,46 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         count_parameters(model),
         count_macs(task.counted, (bands, *size)),
         speed,
-        [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])],
+        loaded,
         optimized,
         batch,
         describe(recipe, device, precision, batch, task.lr, compiled, world),
         trial,
         compiled[0],
     )
+
+
+def open_data(recipe: Recipe) -> DataModule:
+    """Return the data of a recipe, set up."""
+    data = DataModule(
+        recipe.data, recipe.augment, seed=recipe.seed, batch_size=recipe.train.pass_size, target=recipe.target
+    )
+    data.setup()
+    data.size_share = recipe.train.size_share if recipe.train.progressive_size else None
+    return data
+
+
+def start_network(recipe: Recipe, data: DataModule) -> tuple[nn.Module, list[str]]:
+    """Build the network of a recipe with its starting weights, which are a function of its seed.
+
+    Args:
+        recipe: The recipe.
+        data: Its data; images then get the normalisation that the weights want.
+
+    Returns:
+        The network, in the recipe's memory layout, and what loading the weights did, in lines.
+    """
+    L.seed_everything(recipe.seed, verbose=False)
+
+    def images(report: LoadReport) -> Loader:
+        data.preprocess, _ = fit_preprocess(data.preprocess, report)
+        return data.train_dataloader()
+
+    model = build_network(recipe, num_classes=len(data.preprocess.classes), bands=data.preprocess.bands, images=images)
+    report: LoadReport | None = model.load_report  # type: ignore[assignment]
+    data.preprocess, normalisation = fit_preprocess(data.preprocess, report)
+    model = model.to(memory_format=memory_format(recipe.train.channels_last))
+    return model, [*(report.lines() if report is not None else []), *([normalisation] if normalisation else [])]
 
 
 def speed_up(model: nn.Module, spec: TrainSpec, device: torch.device, precision: str) -> str:
