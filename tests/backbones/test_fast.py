@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import r2kit
 from r2kit.backbones._res2 import Res2Block, Res2Net, StemSpec
-from r2kit.backbones.fast import is_fast, native, norm_act, optimize_with_reason, plain, weight_grad
+from r2kit.backbones.fast import is_fast, native, norm_act, optimize_with_reason, plain, weight_grad, winograd
+from r2kit.backbones.fast.convolution import rows
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.optimize import FastConv2d, FastRes2Block
+from r2kit.backbones.fast.tile import finish
 from r2kit.backbones.mish import MishBeta, mish_to_mish_beta
 
 
@@ -160,6 +162,48 @@ def test_weight_grad_kernel(batch, chans, out_chans, height, width, kernel, stri
     found = weight_grad.weight_grad(x, dy, kernel, stride, pad, dilation)
     expected = weight_grad.plain(x.double(), dy.double(), kernel, stride, pad, dilation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("batch", "chans", "out_chans", "height", "width", "pad"),
+    [(2, 26, 26, 9, 7, 1), (1, 16, 5, 8, 5, 0), (3, 19, 40, 4, 4, 1), (33, 33, 17, 2, 3, 1), (2, 64, 16, 5, 5, 2)],
+)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_winograd_kernel(dtype, batch, chans, out_chans, height, width, pad, layout):
+    x = torch.randn(batch, chans + 9, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = x[:, 4 : 4 + chans]
+    weight = torch.randn(out_chans, chans, 3, 3, dtype=dtype).contiguous(memory_format=layout)
+    exact = torch.conv2d(x.double(), weight.double(), None, 1, pad)
+    size = tuple(exact.shape[2:])
+    out = torch.full_like(exact, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
+    winograd.convolve(x, weight, size, (pad, pad), finish(rows(out)))
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    assert (out - exact).abs().max() <= tolerance * exact.abs().max()
+    # the same kernel turned is the transposed convolution
+    back = torch.full((batch, out_chans, *size), float("nan"), dtype=dtype)
+    back = back.contiguous(memory_format=torch.channels_last)
+    exact = torch.nn.functional.conv_transpose2d(x.double(), weight.transpose(0, 1).double(), None, 1, 2 - pad)
+    winograd.convolve(x, weight.transpose(0, 1), size, (pad, pad), finish(rows(back)), turned=True)
+    assert (back - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("act", list(norm_act.ACTS))
+@pytest.mark.parametrize(("act_first", "residual"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("chans", [3, 17, 26])
+def test_what_stands_behind_a_convolution(act, act_first, residual, chans):
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    conv = torch.randn(chans, 16, 3, 3)
+    weight, bias, mean, offset = torch.randn(4, chans)
+    norm = Norm(act, 1.5, act_first, False, 1e-5, 0.1, weight, bias, mean, torch.rand(chans) + 0.5)
+    res, more = torch.randn(2, 70, chans)
+    y, y2 = torch.empty(2, 70, chans)
+    end = finish(y, offset, norm, res=res if residual else None, add=more, y2=y2)
+    winograd.convolve(x, conv, (5, 7), (1, 1), end)
+    sums = torch.conv2d(x, conv, offset, 1, 1).permute(0, 2, 3, 1).reshape(70, chans)
+    expected = norm_act.plain(sums, norm, res if residual else None)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y2, expected + more, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- the units

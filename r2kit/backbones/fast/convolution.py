@@ -1,8 +1,8 @@
 """A convolution on channels-last memory, forward and each gradient, by whatever computes it soonest.
 
-A 1x1 convolution is a product of matrices over the rows of channels-last memory; a strided one reads its rows first.
-The others go forward, and back to their input, through torch's own operator; the gradient of their weights has a
-kernel.
+A 1x1 convolution is a product of matrices over the rows of channels-last memory; a strided one reads its rows first. A
+3x3 convolution with stride 1 goes forward, and back to its input, through Winograd's filtering. The others go through
+torch's own operator; the gradient of the weights has a kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from r2kit.backbones.fast import winograd
+from r2kit.backbones.fast.tile import finish
 from r2kit.backbones.fast.weight_grad import NARROWEST, weight_grad
 
 
@@ -48,6 +50,16 @@ class Conv:
         """Whether it is a product of matrices."""
         return self.kernel == (1, 1) and self.pad == (0, 0) and self.groups == 1
 
+    def is_filter(self, chans: int, out_size: tuple[int, int]) -> bool:
+        """Whether Winograd's filtering suits it.
+
+        Args:
+            chans: Channels read.
+            out_size: Height and width written; a single pixel has too little in common with its neighbours.
+        """
+        plain = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1) and self.groups == 1
+        return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= winograd.NARROWEST
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output."""
         sides = zip((height, width), self.kernel, self.stride, self.pad, self.dilation, strict=True)
@@ -67,6 +79,11 @@ class Conv:
             matrix = weight.flatten(1).t()
             out = rows(x) @ matrix if bias is None else torch.addmm(bias, rows(x), matrix)
             return images(out, x.shape[0], x.shape[2], x.shape[3])
+        size = self.out_size(x.shape[2], x.shape[3])
+        if self.is_filter(x.shape[1], size):
+            out = room(x, len(weight), size)
+            winograd.convolve(x, weight, size, self.pad, finish(rows(out), bias))
+            return out
         out = torch.conv2d(x, weight, bias, self.stride, self.pad, self.dilation, self.groups)
         return out.contiguous(memory_format=torch.channels_last)
 
@@ -89,7 +106,12 @@ class Conv:
             grad = torch.zeros_like(x, memory_format=torch.channels_last) if into is None else into
             self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
             return grad
-        grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
+        if self.is_filter(dy.shape[1], (x.shape[2], x.shape[3])):
+            grad = room(x, x.shape[1], (x.shape[2], x.shape[3]))
+            pad = (2 - self.pad[0], 2 - self.pad[1])
+            winograd.convolve(dy, weight, (x.shape[2], x.shape[3]), pad, finish(rows(grad)), turned=True)
+        else:
+            grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
         return grad if into is None else into.add_(grad)
 
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -124,6 +146,12 @@ def rows(x: Tensor) -> Tensor:
     batch, chans, height, width = x.shape
     step = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
     return x.as_strided((batch * height * width, chans), (step, 1))
+
+
+def room(like: Tensor, chans: int, size: tuple[int, int]) -> Tensor:
+    """Return new memory for (B, `chans`, *size), channels-last."""
+    shape = (len(like), chans, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def images(x: Tensor, batch: int, height: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from r2kit.backbones.fast import norm_act
-from r2kit.backbones.fast.convolution import Conv, rows
+from r2kit.backbones.fast.convolution import Conv, room, rows
 from r2kit.backbones.fast.norm_act import Norm
 
 
@@ -163,7 +163,7 @@ class _UnitFunction(Function):
             assert part.norm is not None
             c = part.conv.forward(z, part.weight, part.bias)
             if i == 0:
-                cat = _new(c, len(first.weight))
+                cat = room(c, len(first.weight), (c.shape[2], c.shape[3]))
             stats.append(_stats(part.norm, c))
             out = rows(cat)[:, i * width : (i + 1) * width]
             following = b[:, (i + 1) * width : (i + 2) * width]
@@ -292,13 +292,6 @@ def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
     keep = wants_grad(x, shortcut, *tensors)
     result: Tensor = _UnitFunction.apply(spec, keep, _channels_last(x), shortcut, *tensors)
     return result
-
-
-def _new(like: Tensor, chans: int) -> Tensor:
-    """Return room for (B, `chans`, H, W), channels-last."""
-    return torch.empty(
-        (len(like), chans, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def _stats(norm: Norm, x: Tensor) -> Tensor | None:

@@ -32,101 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2kit.backbones.fast import native
+from r2kit.backbones.fast import lanes, native
 
-SOURCE = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-#include <omp.h>
-
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-
-typedef float VF __attribute__((vector_size(BYTES)));
-typedef double VD __attribute__((vector_size(BYTES)));
-typedef int32_t VI __attribute__((vector_size(BYTES)));
-template <class T> struct Lanes;
-template <> struct Lanes<float> { using V = VF; };
-template <> struct Lanes<double> { using V = VD; };
-template <class T> using Vec = typename Lanes<T>::V;
-template <class T> constexpr int64_t width = BYTES / sizeof(T);
-
-// n lanes of a row; n < width only where the row itself is shorter than a vector.
-template <class T> static inline Vec<T> load(const T* p, int64_t n) {
-  Vec<T> v = {};
-  if (n == width<T>) memcpy(&v, p, BYTES);
-  else for (int64_t i = 0; i < n; i++) v[i] = p[i];
-  return v;
-}
-template <class T> static inline void store(T* p, Vec<T> v, int64_t n) {
-  if (n == width<T>) memcpy(p, &v, BYTES);
-  else for (int64_t i = 0; i < n; i++) p[i] = v[i];
-}
-
-// e^x for x in [-87, 20]: 2^k times a polynomial on [-ln2/2, ln2/2] (Cephes expf); 2 units in the last place.
-static inline VF exponential(VF x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  VF shifted = x * 1.44269504088896341f + magic;
-  VF k = shifted - magic;
-  VF r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-  VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  VI bits, ki;
-  memcpy(&bits, &p, BYTES);
-  memcpy(&ki, &shifted, BYTES);
-  bits += ki << 23;  // the low bits of `shifted` are k
-  memcpy(&p, &bits, BYTES);
-  return p;
-}
-static inline VD exponential(VD x) {
-  VD y;
-  for (int i = 0; i < width<double>; i++) y[i] = std::exp(x[i]);
-  return y;
-}
-
-enum { IDENTITY = 0, RELU = 1, MISH = 2 };
-
-// tanh(softplus(z)) = n / (n + 2), n = e^z (e^z + 2). Above 20 it is 1 to the last bit.
-template <int A, class T> static inline Vec<T> act(Vec<T> x, T beta) {
-  using V = Vec<T>;
-  if (A == RELU) return x < T(0) ? V{} : x;  // NaN stays NaN
-  if (A != MISH) return x;
-  V z = x * beta;
-  z = z > T(20) ? V{} + T(20) : z;
-  z = z < T(-87) ? V{} - T(87) : z;
-  V e = exponential(z);
-  V n = e * (e + T(2));
-  return x * (n / (n + T(2)));
-}
-// Its derivative n/d + z 4 e (e + 1) / d^2, d = n + 2; optionally the value too.
-template <int A, class T> static inline Vec<T> slope(Vec<T> x, T beta, Vec<T>& value) {
-  using V = Vec<T>;
-  if (A == RELU) { value = x < T(0) ? V{} : x; return x > T(0) ? V{} + T(1) : V{}; }
-  if (A != MISH) { value = x; return V{} + T(1); }
-  V z = x * beta;
-  z = z > T(20) ? V{} + T(20) : z;
-  z = z < T(-87) ? V{} - T(87) : z;
-  V e = exponential(z);
-  V n = e * (e + T(2));
-  V r = T(1) / (n + T(2));
-  V t = n * r;
-  value = x * t;
-  return t + (z * T(4)) * (e * (e + T(1))) * (r * r);
-}
-
+SOURCE = (
+    lanes.VECTORS
+    + r"""
 struct Args {
   int64_t rows, chans, threads;
   int64_t act, act_first, batch;     // batch: statistics are those of the batch
@@ -366,6 +276,7 @@ template <class T> static void dispatch(const Args& a, bool back) {
 extern "C" void norm_act_float(const Args* a, int back) { dispatch<float>(*a, back); }
 extern "C" void norm_act_double(const Args* a, int back) { dispatch<double>(*a, back); }
 """
+)
 
 
 _STRIDES = {name: f"ld{name}" for name in ("x", "res", "add", "dy", "y", "y2")}
