@@ -266,7 +266,7 @@ class _Judge(Checkpoint):
         assert isinstance(pl_module, Task)
         if not pl_module.final_form:
             return
-        self.best = max(self.best, float(pl_module.score(pl_module.epoch_metrics)[0]))
+        self.best = max(self.best, float(pl_module.epoch_metrics[pl_module.monitor]))
         self.trial.report(self.best, trainer.current_epoch)
         if self.trial.should_prune() and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             raise optuna.TrialPruned

@@ -53,6 +53,14 @@ def small_net():
     return net
 
 
+@pytest.mark.parametrize(("best_by", "better"), [("metric", 0), ("loss", 1)])
+def test_what_makes_an_epoch_the_best(best_by, better):
+    task = ClassificationTask(Recipe.model_validate({"train": {"best_by": best_by}}), small_net(), 2)
+    epochs = [{"val_acc": 0.81, "val_loss": 0.52}, {"val_acc": 0.80, "val_loss": 0.49}]
+    assert max(range(2), key=lambda i: task.score(epochs[i])) == better
+    assert task.score({"val_acc": 0.81, "val_loss": 0.49}) > max(task.score(epoch) for epoch in epochs)
+
+
 def test_frozen_means_gradients_and_batch_statistics():
     recipe = Recipe.model_validate({"train": {"freeze": "backbone"}})
     task = ClassificationTask(recipe, small_net(), 2)

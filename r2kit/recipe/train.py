@@ -62,6 +62,10 @@ class TrainSpec(Spec):
     """What a reduction of `step` or `plateau` multiplies the learning rate by."""
     plateau_patience: Annotated[int, Field(ge=1)] = 3
     """Epochs in a row without a better one on the validation images before `plateau` reduces."""
+    best_by: Literal["metric", "loss"] = "metric"
+    """What makes an epoch better than another on the validation images: the task's own figure (accuracy, average
+    precision, mean IoU, largest F), and the loss among equals; or the loss, which tells epochs apart where a few
+    hundred images give nearly the same accuracy. The weights of the best epoch are what the run keeps."""
     early_stop: Annotated[int, Field(ge=1)] | None = None
     """Training ends after so many epochs in a row without a better one on the validation images; null for never."""
     ema: bool = False

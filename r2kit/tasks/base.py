@@ -162,8 +162,9 @@ class Task(L.LightningModule):
             group["lr"] = highest * share
 
     def score(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """Return what makes an epoch better than another: its monitor, then a lower loss."""
-        return metrics[self.monitor], -metrics["val_loss"]
+        """Return what makes an epoch better than another: its monitor, then a lower loss, or the other way round."""
+        by_metric = metrics[self.monitor], -metrics["val_loss"]
+        return by_metric if self.recipe.train.best_by == "metric" else by_metric[::-1]
 
     def _make_groups(self) -> Groups:
         """Return the parameter groups: of all that is trained at some time, made before it is frozen for a while."""
