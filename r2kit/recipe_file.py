@@ -127,6 +127,52 @@ def new_recipe(task: str = "classification") -> str:
     return head + "\n".join(_commented(Recipe.model_validate({"task": {"kind": task}}), 0)) + "\n"
 
 
+@dataclass(frozen=True)
+class KeyRow:
+    """One key of a recipe in words.
+
+    Attributes:
+        section: The part that it belongs to, as a key path; of the task with the kind that has it: `task: detection`.
+        about: What that part is.
+        key: The whole ``key.path``.
+        allowed: What it accepts.
+        default: As YAML writes it.
+        meaning: What it does.
+    """
+
+    section: str
+    about: str
+    key: str
+    allowed: str
+    default: str
+    meaning: str
+
+
+def key_rows(spec: type[BaseModel] = Recipe, prefix: str = "", kind: str = "") -> Iterator[KeyRow]:
+    """Yield every key that a recipe can hold, its section's own keys first: what the reference of the keys is made of.
+
+    Args:
+        spec: A part of the recipe.
+        prefix: Key path of that part, with a dot at its end.
+        kind: The word that chose this member of a union.
+    """
+    section = prefix.rstrip(".") + (f": {kind}" if kind else "")
+    about = (spec.__doc__ or "").splitlines()[0]
+    inner: list[tuple[type[BaseModel], str, str]] = []
+    for name, info in spec.model_fields.items():
+        below = _model_of(info)
+        if below is None:
+            meaning = " ".join((info.description or "").split())
+            default = _show(info.get_default())
+            yield KeyRow(section, about, f"{prefix}{name}", _allowed(info), default, meaning)
+        elif members := _members(info):
+            inner += [(member, f"{prefix}{name}.", word) for word, member in members.items()]
+        else:
+            inner.append((below, f"{prefix}{name}.", kind))
+    for below, path, word in inner:
+        yield from key_rows(below, path, word)
+
+
 def _commented(spec: BaseModel, depth: int) -> Iterator[str]:
     """Yield the lines of `new_recipe` for one part of the recipe."""
     pad = "  " * depth
