@@ -46,13 +46,13 @@ class TimeLimit(Callback):
         """Start the clock; the schedule stands where it stood."""
         assert isinstance(pl_module, Task)
         self._started = self.clock()
-        pl_module.time_share = self._share
+        pl_module.time_share = trainer.datamodule.time_share = self._share
         pl_module.seconds_left = self.limit - self._earlier
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Tell the schedule the time."""
+        """Tell the schedule and the mixing the time."""
         assert isinstance(pl_module, Task)
         seconds = self.seconds
         if trainer.world_size > 1:
@@ -60,7 +60,7 @@ class TimeLimit(Callback):
             torch.distributed.broadcast(shared, 0)
             seconds = float(shared)
         self._share = max(self._share, min(1.0, (seconds + self._validation) / self.limit))
-        pl_module.time_share = self._share
+        pl_module.time_share = trainer.datamodule.time_share = self._share
         pl_module.seconds_left = max(0.0, self.limit - seconds)
 
     def on_train_batch_end(

@@ -135,6 +135,46 @@ def test_loggers_get_every_epoch(quick_recipe, tmp_path, monkeypatch):
     assert [event.step for event in events.Scalars("val_acc")] == [int(row["step"]) for row in rows]
 
 
+@pytest.mark.slow
+def test_mlflow_keeps_every_epoch_in_the_run_folder(quick_recipe, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = r2kit.finetune(quick_recipe, overrides=["train.loggers=[mlflow]"], out=tmp_path / "run", quiet=True)
+    client = mlflow.tracking.MlflowClient(f"sqlite:///{run.path / 'mlflow.db'}")
+    rows = list(csv.DictReader(run.metrics_csv.read_text().splitlines()))
+    for key in ("val_acc", "train_loss", "lr"):
+        found = client.get_metric_history(run.info["mlflow_run_id"], key)
+        assert [metric.value for metric in found] == pytest.approx([float(row[key]) for row in rows])
+        assert [metric.step for metric in found] == [int(row["step"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_wandb_keeps_every_epoch_offline(quick_recipe, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = r2kit.finetune(quick_recipe, overrides=["train.loggers=[wandb]"], out=tmp_path / "run", quiet=True)
+    import wandb
+
+    wandb.finish()
+    (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
+    store, found = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if "val_acc" in items:
+            found.append(items)
+    rows = list(csv.DictReader(run.metrics_csv.read_text().splitlines()))
+    for key in ("val_acc", "train_loss", "lr"):
+        assert [float(items[key]) for items in found] == pytest.approx([float(row[key]) for row in rows])
+
+
 def test_a_missing_logger_is_one_line(monkeypatch):
     from r2kit import errors, loggers
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import r2kit
 from r2kit.callbacks import Recorder
+from r2kit.data.datamodule import DataModule
 from r2kit.data.resize import resize_batch, scaled_size
 from r2kit.errors import RecipeError
 from r2kit.recipe import TrainSpec
@@ -226,6 +227,24 @@ def test_the_schedule_fits_the_time(train, monkeypatch, capsys):
     assert run.info["best_epoch"] < len(found)
 
 
+def test_the_last_share_of_the_time_is_not_mixed(train, monkeypatch):
+    clock = with_clock(monkeypatch, 1.0)
+    mixed = []
+    original = DataModule.mix
+
+    def mix(self, *arguments):
+        mixed.append(clock.now)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(DataModule, "mix", mix)
+    begun = clock.now
+    overrides = ["train.epochs=10", "train.time_limit=10s", "augment.mixup=1", "augment.cutmix=0"]
+    train("run", *overrides, "augment.mix_off_epochs=3")
+    # A batch is mixed before the clock of its step is read: the one after seven seconds still knows of six.
+    # Before and after, the pages of the run show mixed images.
+    assert [now - begun for now in mixed if 0 < now - begun < 11] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_the_time_used_is_remembered(train, monkeypatch):
     overrides = ["train.epochs=1000", "train.time_limit=12s", "train.ema=true"]
     clock = with_clock(monkeypatch, 1.0)
@@ -338,6 +357,7 @@ _TWO = """
 import sys, torch
 import r2kit
 from r2kit.callbacks import Recorder
+from r2kit.data.datamodule import DataModule
 original = Recorder.on_train_epoch_end
 sums = []
 def look(self, trainer, module):

@@ -91,7 +91,7 @@ def data_check(
 
     checked = _recipe_of(data, overrides, recipe)
     command = shlex.join(["r2kit", "finetune", recipe or "RECIPE", *_chosen(data), *(overrides or [])])
-    verdict = check_data(checked, out, command)
+    verdict = check_data(checked, out, command, shlex.join([data, *(overrides or [])]))
     for finding in verdict.findings:
         typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
         typer.echo(f"  mend: {finding.mend}")

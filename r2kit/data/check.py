@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import warnings
@@ -15,15 +16,16 @@ import pandas as pd
 from r2kit.data.boxes.checks import BAD_BOXES
 from r2kit.data.check_page import check_page
 from r2kit.data.files import SEPARATOR, is_flat, labels_of, pixel_hash
-from r2kit.data.findings import SPLIT_FILE, TARGET_CHECKS, Finding
+from r2kit.data.findings import CLEAN_FILE, SPLIT_FILE, STATS, TARGET_CHECKS, Finding
 from r2kit.data.leaks import find_leaks, without_leaks
 from r2kit.data.perceptual import coefficients, near_copies
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.sources import Source, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.table import write_table
-from r2kit.errors import DataError
+from r2kit.errors import DataError, RecipeError
 from r2kit.recipe import Recipe
+from r2kit.recipe_file import load_recipe
 
 IMBALANCE = 20.0
 """Largest class over smallest class above which a warning is given."""
@@ -52,14 +54,15 @@ class Verdict:
         return any(finding.untrue for finding in self.findings)
 
 
-def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE") -> Verdict:
+def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE", data: str = "DATA") -> Verdict:
     """Read every image once, look for what would make a result untrue, and write it down.
 
     Args:
         recipe: Its `data` part and seed say what is read and how it is divided.
-        out: Folder for ``manifest.parquet``, ``check.html``, and, where images should give way, ``split.csv``; made if
-            need be, files of these names are replaced.
+        out: Folder for ``manifest.parquet``, ``check.html``, and, where images should give way, ``split.csv`` and
+            ``clean.csv``; made if need be, files of these names are replaced.
         command: What trains on this data; the changes that mend a finding are added to it.
+        data: What stands for this data, with its overrides, on the command lines of `r2kit data`.
 
     Raises:
         DataError: If there is nothing to check at all, or `out` cannot be written.
@@ -72,7 +75,8 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     try:
         split = make_split(source.manifest, source.strata, recipe.data, recipe.seed, source.contents)
     except DataError as error:
-        findings.append(Finding("split", True, str(error), "change what the message names, or add images"))
+        mend = "change what the message names, add images, or divide the data in another way"
+        findings.append(Finding("split", True, str(error), mend, change=_other_split(source, recipe, True)))
     measured, lows = _measure(source)
     if split is not None:
         for name in PARTS:
@@ -83,15 +87,16 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
                 Finding(leak.kind, False, leak.text, "data.on_leak=drop leaves them out", leak.pairs) for leak in leaks
             ]
         findings += leaks
-        findings += [
-            Finding("split", False, note, "see r2kit data split, or data.split in the recipe")
-            for note in split.warnings
-        ]
+        other = "" if recipe.data.split_file or not split.warnings else _other_split(source, recipe, False)
+        mend = "nothing, if it is meant so; else divide the data in another way"
+        findings += [Finding("split", False, note, mend, change=other) for note in split.warnings]
     for check in TARGET_CHECKS[source.target]:
-        findings += check(source)
+        findings += check(source, np.flatnonzero(_used(manifest)))
     if recipe.data.boxes.on_bad_box == "mend":
         words = "data.boxes.on_bad_box=mend cuts them or leaves them out"
         findings = [Finding(f.kind, False, f.text, words, f.pairs) if f.kind == BAD_BOXES else f for f in findings]
+    if recipe.task.kind == "saliency":  # its loss is another, and made for objects of any size
+        findings = [dataclasses.replace(f, change="") if f.change.startswith("task.") else f for f in findings]
     findings += _copies(manifest, measured, lows)
     findings += _balance(manifest, several=source.target == "classes")
     findings += _drift(manifest, measured, source.bands)
@@ -103,12 +108,8 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_table(manifest, out / "manifest.parquet")
-        mended = None if split is None else _mended(split, findings, source)
-        if mended is not None:
-            write_table(mended.table(source.manifest), out / "split.csv")
-        findings = [
-            _with_command(finding, command, None if mended is None else out / "split.csv") for finding in findings
-        ]
+        files = {"data": data} if split is None else {"data": data, **_write_splits(split, findings, source, out)}
+        findings = [_with_command(finding, command, files) for finding in findings]
         verdict = Verdict(findings, manifest, source.skipped)
         (out / "check.html").write_text(
             check_page(source, verdict.findings, manifest, source.skipped), encoding="utf-8"
@@ -125,23 +126,57 @@ def _class_words(source: Source) -> list[str]:
     return [SEPARATOR.join(source.classes[i] for i in labels) for labels in source.manifest["labels"]]
 
 
-def _mended(split: Split, findings: list[Finding], source: Source) -> Split | None:
-    """The split without the images that should give way; None where there is none, or a class would be lost."""
-    giving_way = [finding for finding in findings if finding.change in (SPLIT_FILE, "data.on_leak=drop")]
-    if not giving_way:
-        return None
-    try:
-        return without_leaks(split, giving_way, source.manifest, source.strata)
-    except DataError:
-        return None
+def _write_splits(split: Split, findings: list[Finding], source: Source, out: Path) -> dict[str, str]:
+    """Write the split without what should give way; return split and clean with their files, as far as needed.
+
+    There is none where a class would be lost.
+    """
+    leaks = ("data.on_leak=drop", SPLIT_FILE)
+    files = {}
+    for name, needed, leaving in (("split", leaks, leaks), ("clean", (CLEAN_FILE,), (*leaks, CLEAN_FILE))):
+        if not any(finding.change in needed for finding in findings):
+            continue
+        giving_way = [finding for finding in findings if finding.change in leaving]
+        with contextlib.suppress(DataError):
+            table = without_leaks(split, giving_way, source.manifest, source.strata).table(source.manifest)
+            write_table(table, out / f"{name}.csv")
+            files[name] = str(out / f"{name}.csv")
+    return files
 
 
-def _with_command(finding: Finding, command: str, split_file: Path | None) -> Finding:
-    """The finding with the whole command that mends it in place of the change of the recipe; none if there is none."""
-    if not finding.change or (finding.change == SPLIT_FILE and split_file is None):
-        return dataclasses.replace(finding, change="")
-    change = shlex.quote(finding.change.format(split=split_file))
-    return dataclasses.replace(finding, change=f"{command} {change}")
+def _other_split(source: Source, recipe: Recipe, possible: bool) -> str:
+    """The first change of the recipe that divides the data without a word; if `possible`, that divides it at all."""
+    now = "" if recipe.data.split_file is None else "data.split_file=null "
+    kinds = [f"{now}data.split={kind}" for kind in ("group", "blocks", "stratified")]
+    folded = [f"{kind} data.folds=5" for kind in kinds]
+    fewer = [f"{change} data.test_fraction=0" for change in kinds] if possible else []
+    for change in (*kinds, "data.test_fraction=0.15", *folded, *fewer):
+        try:
+            other = load_recipe(recipe.model_dump(), change.split())
+            split = make_split(source.manifest, source.strata, other.data, other.seed, source.contents)
+        except (DataError, RecipeError):
+            continue
+        if possible or not split.warnings:
+            return change
+    return ""
+
+
+def _with_command(finding: Finding, command: str, files: dict[str, str]) -> Finding:
+    """The finding with the whole command that mends it in place of the change of the recipe; none if there is none.
+
+    Args:
+        finding: The finding.
+        command: What trains.
+        files: What stands for ``{data}``, ``{split}`` and ``{clean}``, as far as there is something.
+    """
+    if finding.change.startswith("r2kit "):
+        return dataclasses.replace(finding, change=finding.change.format(**files))
+    if finding.change in (SPLIT_FILE, CLEAN_FILE):
+        name = {SPLIT_FILE: "split", CLEAN_FILE: "clean"}[finding.change]
+        items = [finding.change.format(**files)] if name in files else []
+    else:
+        items = finding.change.split()
+    return dataclasses.replace(finding, change=f"{command} {shlex.join(items)}" if items else "")
 
 
 def _unusable(source: Source, skip: bool) -> list[Finding]:
@@ -188,14 +223,17 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
     findings = []
     part, label = manifest["part"].to_numpy(dtype=object), manifest["class"].to_numpy(dtype=object)
     path = manifest["path"].to_numpy(dtype=object)
-    again = measured["pixels"].duplicated().to_numpy()
-    first = measured["pixels"].map({key: row for row, key in reversed(list(enumerate(measured["pixels"])))}).to_numpy()
-    flat = measured["flat"].to_numpy(dtype=bool)
+    used = _used(manifest)
+    pixels = measured["pixels"].where(used)
+    again = (pixels.duplicated() & pixels.notna()).to_numpy()
+    holder = {key: row for row, key in reversed(list(enumerate(pixels)))}
+    first = pixels.map(holder).fillna(-1).to_numpy(dtype=np.int64)
+    flat = measured["flat"].to_numpy(dtype=bool) & used
     if flat.any():
         rows = np.flatnonzero(flat)
         text = f"{len(rows)} image(s) are of one colour all over, e.g. {path[rows[0]]}"
-        mend = "look at them; remove those that show nothing"
-        findings.append(Finding("flat images", False, text, mend, rows[:, None]))
+        mend = "look at them; leave out those that show nothing"
+        findings.append(Finding("flat images", False, text, mend, rows[:, None], CLEAN_FILE))
     within = np.flatnonzero(again & ~flat & (part == part[first]))
     if len(within):
         text = f"{len(within)} image(s) are copies of another in their own part, e.g. {path[within[0]]}"
@@ -204,28 +242,37 @@ def _copies(manifest: pd.DataFrame, measured: pd.DataFrame, lows: list[np.ndarra
             Finding("duplicates", False, text, "use each once; copies count more than others", pairs, SPLIT_FILE)
         )
 
-    hashed = [row for row, low in enumerate(lows) if low is not None]
+    hashed = np.array([row for row, low in enumerate(lows) if low is not None and used[row]], dtype=np.int64)
     if len(hashed) < 2:
         return findings
-    pairs = np.array(hashed)[near_copies(np.stack([low for low in lows if low is not None]))].reshape(-1, 2)
-    pixels = measured["pixels"].to_numpy(dtype=object)
-    pairs = pairs[pixels[pairs[:, 0]] != pixels[pairs[:, 1]]]
+    pairs = hashed[near_copies(np.stack([low for row, low in enumerate(lows) if low is not None and used[row]]))]
+    hashes = pixels.to_numpy(dtype=object)
+    pairs = pairs.reshape(-1, 2)[hashes[pairs[:, 0]] != hashes[pairs[:, 1]]]
     known = pd.notna(part[pairs]).all(axis=1)
     across = known & (part[pairs[:, 0]] != part[pairs[:, 1]])
     order = pd.Series(part).map({name: rank for rank, name in enumerate(PARTS)}).to_numpy(dtype=float)
     swap = order[pairs[:, 0]] > order[pairs[:, 1]]  # the one of the lower part gives way
     pairs[swap] = pairs[swap][:, ::-1]
     table = "leave out those that give held-out images away, or put copies into one group (column group of a table)"
-    for chosen, untrue, what, mend in (
-        (across, True, "near copies of each other (turned, resized, compressed) in two parts", table),
-        (label[pairs[:, 0]] != label[pairs[:, 1]], False, "near copies of each other in two classes", "look at them"),
-        (known & ~across, False, "near copies of each other in one part", "look at them; remove needless copies"),
+    both = "look at them, or leave both out: one of the two is in the wrong class"
+    one = "look at them, or leave one of each out"
+    for chosen, change, what, mend in (
+        (across, SPLIT_FILE, "near copies of each other (turned, resized, compressed) in two parts", table),
+        (label[pairs[:, 0]] != label[pairs[:, 1]], CLEAN_FILE, "near copies of each other in two classes", both),
+        (known & ~across, CLEAN_FILE, "near copies of each other in one part", one),
     ):
         if chosen.any():
             a, b = pairs[chosen][0]
             text = f"{int(chosen.sum())} pair(s) of images are {what}, e.g. {path[a]} and {path[b]}"
-            findings.append(Finding("near copies", untrue, text, mend, pairs[chosen], SPLIT_FILE if untrue else ""))
+            shown = np.concatenate([pairs[chosen], pairs[chosen][:, ::-1]]) if mend == both else pairs[chosen]
+            findings.append(Finding("near copies", change == SPLIT_FILE, text, mend, shown, change))
     return findings
+
+
+def _used(manifest: pd.DataFrame) -> np.ndarray:
+    """(N,) which images take part: those with a part, or all where the data could not be divided."""
+    known = manifest["part"].notna().to_numpy()
+    return known if known.any() else ~known
 
 
 def _balance(manifest: pd.DataFrame, *, several: bool) -> list[Finding]:
@@ -270,12 +317,13 @@ def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...
                 a, b = train[f"{what}_{band}"].mean(), held[f"{what}_{band}"].mean()
                 words = {"mean": "is", "low": "goes down to", "high": "goes up to"}[what]
                 text = f"band '{band}' {words} {b:.4g} on average in {name} and {a:.4g} in train"
-                findings.append(Finding("drift", False, text, units))
+                findings.append(Finding("drift", False, text, units, change=STATS))
         gap = held["nodata_share"].mean() - train["nodata_share"].mean()
         if abs(gap) > NODATA_DRIFT:
             text = f"{100 * held['nodata_share'].mean():.0f} % of the pixels in {name} have no measurement, and "
             text += f"{100 * train['nodata_share'].mean():.0f} % in train"
-            findings.append(Finding("drift", False, text, "remove empty tiles, or divide the data anew"))
+            mend = "leave out empty tiles, or divide the data anew"
+            findings.append(Finding("drift", False, text, mend, change="r2kit data split {data}"))
     return findings
 
 

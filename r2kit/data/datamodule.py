@@ -74,6 +74,7 @@ class DataModule(lightning.LightningDataModule):
         self.seed = seed
         self.batch_size = batch_size
         self.size_share: Callable[[int], float] | None = None  # of the image size, by epoch: for images that grow
+        self.time_share = 0.0  # of a time limit, as far as it is used up
         self._given_preprocess = preprocess
         self._split_file = split_file
         self._all_test = all_test
@@ -322,9 +323,16 @@ class DataModule(lightning.LightningDataModule):
         """
         if self.size_share is not None:
             batch = resize_batch(batch, scaled_size(self.preprocess.size, self.size_share(epoch)))
-        if epochs is not None and epoch >= epochs - self.augment.mix_off_epochs:
+        if not self._mixes(epoch, epochs):
             return batch
         return self.mix(batch, epoch, batch_index, rank)
+
+    def _mixes(self, epoch: int, epochs: int | None) -> bool:
+        """Whether batches are mixed in an epoch of so many; in the last share of a time limit they are not either."""
+        off = self.augment.mix_off_epochs
+        if off == 0 or epochs is None:
+            return True
+        return epoch < epochs - off and self.time_share < 1.0 - off / epochs
 
     def mix(self, batch: Batch, epoch: int, batch_index: int, rank: int = 0) -> Batch:
         """Apply MixUp or CutMix as the recipe asks: a pure function of seed, epoch, batch index and rank.

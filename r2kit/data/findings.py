@@ -26,28 +26,41 @@ class Finding:
     pairs: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """(N, M) rows of the manifest to look at, M of them together; of a leak, first the one that should give way."""
     change: str = ""
-    """The change of the recipe that mends it, as key.path=value items; `SPLIT_FILE` where the check writes the file."""
+    """What mends it, as a change of the recipe (key.path=value items with a space between) or as a whole command that
+    begins with `r2kit `, with ``{data}`` for the data; `SPLIT_FILE` or `CLEAN_FILE` where the check writes the file."""
 
 
 SPLIT_FILE = "data.split_file={split}"
 """Stands for the split that a check writes: the same parts without the images that should give way."""
+CLEAN_FILE = "data.split_file={clean}"
+"""Stands for another one, which also leaves out what is only worth a warning: what shows nothing, shows the same again,
+or is of doubtful class."""
+STATS = "r2kit data stats {data}"
+"""Shows the values of every band."""
 
-TargetCheck = Callable[[Source], list[Finding]]
-"""Reads the targets of all rows and says what is wrong with them: one finding for each kind of fault, with the number
-of rows, one example by path, and all rows in `pairs` (N, 1)."""
+TargetCheck = Callable[[Source, np.ndarray], list[Finding]]
+"""Reads the targets of rows of the manifest and says what is wrong with them: one finding for each kind of fault, with
+the number of rows, one example by path, and all rows in `pairs` (N, 1)."""
 
 
-def _check_boxes(source: Source) -> list[Finding]:
+def _check_boxes(source: Source, rows: np.ndarray) -> list[Finding]:
     """See `r2kit.data.boxes.checks.check_boxes`, which builds on this module."""
     from r2kit.data.boxes.checks import check_boxes
 
-    return check_boxes(source)
+    return check_boxes(source, rows)
+
+
+def _check_masks(source: Source, rows: np.ndarray) -> list[Finding]:
+    """See `r2kit.data.mask_checks.check_masks`, which builds on this module."""
+    from r2kit.data.mask_checks import check_masks
+
+    return check_masks(source, rows)
 
 
 TARGET_CHECKS: dict[Target, tuple[TargetCheck, ...]] = {
     "class": (),
     "classes": (),
-    "mask": (),
+    "mask": (_check_masks,),
     "boxes": (_check_boxes,),
     "outlines": (_check_boxes,),
 }

@@ -20,6 +20,8 @@ MAX_BITS = 8
 MIN_COSINE = 0.985
 """Similarity of the coefficients themselves from which two images count as near copies."""
 _CHUNKS = MAX_BITS + 1  # bits in more chunks than may differ: near hashes agree in one chunk at least
+_WIDTH = (SIDE * SIDE - 1) // _CHUNKS  # bits of a chunk; the first bit of a hash, of the constant, is always 0
+_AT_ONCE = 1 << 22  # hashes compared at once, for the sake of memory
 
 
 def coefficients(raw: np.ndarray, nodata: float | None = None) -> np.ndarray | None:
@@ -78,10 +80,9 @@ def near_copies(lows: np.ndarray) -> np.ndarray:
     turned = np.stack([orientations(low) for low in lows])  # (N, 8, 8, 8)
     queries = _bits(turned.reshape(-1, SIDE, SIDE))  # (8 N,)
     owner = np.repeat(np.arange(len(lows)), 8)
-    width = -(-64 // _CHUNKS)
     found: set[tuple[int, int]] = set()
     for chunk in range(_CHUNKS):
-        mask = np.uint64((1 << width) - 1) << np.uint64(chunk * width)
+        mask = np.uint64((1 << _WIDTH) - 1) << np.uint64(1 + chunk * _WIDTH)
         order = np.argsort(base & mask, kind="stable")
         keys, starts = np.unique((base & mask)[order], return_index=True)
         ends = np.append(starts[1:], len(base))
@@ -89,14 +90,16 @@ def near_copies(lows: np.ndarray) -> np.ndarray:
         places = np.searchsorted((queries & mask)[asked], keys, side="left")
         after = np.searchsorted((queries & mask)[asked], keys, side="right")
         for start, end, first, last in np.stack([starts, ends, places, after], axis=1).tolist():
-            mine, theirs = order[start:end], asked[first:last]
-            apart = np.bitwise_count(base[mine][:, None] ^ queries[theirs][None])
-            for a, b in np.argwhere(apart <= MAX_BITS):
-                low, high = int(mine[a]), int(owner[theirs[b]])
-                if low < high and (low, high) not in found:
-                    cosine = float((lows[low] * turned[high, theirs[b] % 8]).sum())
-                    if cosine >= MIN_COSINE:
-                        found.add((low, high))
+            theirs = asked[first:last]
+            step = max(1, _AT_ONCE // max(len(theirs), 1))
+            for mine in (order[i : min(i + step, end)] for i in range(start, end, step)):
+                apart = np.bitwise_count(base[mine][:, None] ^ queries[theirs][None])
+                for a, b in np.argwhere(apart <= MAX_BITS):
+                    low, high = int(mine[a]), int(owner[theirs[b]])
+                    if low < high and (low, high) not in found:
+                        cosine = float((lows[low] * turned[high, theirs[b] % 8]).sum())
+                        if cosine >= MIN_COSINE:
+                            found.add((low, high))
     return np.array(sorted(found), dtype=np.int64).reshape(-1, 2)
 
 

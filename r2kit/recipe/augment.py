@@ -27,7 +27,8 @@ class AugmentSpec(Spec):
     cutmix_alpha: Positive = 1.0
     """Beta(alpha, alpha) draws the area of the rectangle."""
     mix_off_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of last epochs without MixUp and CutMix."""
+    """Number of last epochs without MixUp and CutMix; with `train.time_limit` also the same share of the time. A run
+    that `train.early_stop` ends before them has mixed to its end."""
 
     mosaic: Probability = 0.0
     """For boxes: share of the training images that are put together from windows of four."""

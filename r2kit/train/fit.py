@@ -16,7 +16,7 @@ from r2kit.errors import Interrupted, RunError
 from r2kit.loggers import LogEpochs, make_loggers
 from r2kit.run import Run
 from r2kit.stopping import Patience, TimeLimit
-from r2kit.train.choices import choose_sync_batchnorm
+from r2kit.train.choices import Batch, choose_sync_batchnorm, is_out_of_memory
 from r2kit.train.guard import Guard
 from r2kit.train.keep import Keeper
 from r2kit.train.prepare import Job
@@ -108,10 +108,17 @@ def fit(
     )
     try:
         trainer.fit(job.task, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise RunError(_no_memory(trainer, job.batch, run)) from None
         lost = watch.said(error) if trainer.world_size > 1 else None
         if lost is not None:
             raise RunError(f"{lost}; what was saved before stays: go on with r2kit resume {run.path}") from None
+        if signals.noted is None and "DataLoader worker" in str(error):  # torch adds what became of it
+            raise RunError(
+                f"{str(error).splitlines()[0].rstrip('. ')}; most often memory is out: go on with r2kit resume "
+                f"{run.path}, or start again with fewer data.workers and --overwrite"
+            ) from None
         if signals.noted is None:
             raise
         # The loader processes got the signal as well, and were gone before the next batch.
@@ -123,3 +130,14 @@ def fit(
     finally:
         watch.end()
     return recorder
+
+
+def _no_memory(trainer: L.Trainer, batch: Batch, run: Run) -> str:
+    """Say where memory ran out, and the two ways on: the same with more room, or smaller passes from the start."""
+    where = f"epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}"
+    smaller = f"train.batch_size={max(2, batch.size // 2)} train.accumulate={batch.passes * 2} --overwrite"
+    kept = "from its last checkpoint " if run.last_checkpoint.is_file() else ""
+    return (
+        f"{where}: out of memory, though a trial step with {batch.size} images fitted; if something else took the "
+        f"memory, free it and go on {kept}with r2kit resume {run.path}; else start again with {smaller}"
+    )

@@ -1,4 +1,5 @@
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def test_copies_across_parts_make_a_result_untrue(scenes: Path) -> None:
 
 
 def test_each_kind_of_target_has_its_own_checks(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd_rows(source) -> list[Finding]:
-        rows = np.arange(1, len(source.manifest), 2)[:, None]
+    def odd_rows(source, rows) -> list[Finding]:
+        rows = rows[1::2][:, None]
         return [Finding("targets", True, f"{len(rows)} targets are odd", "make them even", rows)]
 
     monkeypatch.setitem(findings.TARGET_CHECKS, "mask", (odd_rows,))
@@ -131,6 +132,73 @@ def test_a_range_that_drifts_around_one_mean(tmp_path: Path, write_tiff: Callabl
     drift = [finding.text for finding in check(tmp_path / "index.csv").findings if finding.kind == "drift"]
     assert len(drift) == 1
     assert drift[0].startswith("band 'band1' goes ")
+
+
+def test_what_shows_nothing_or_the_same_again_is_left_out_by_a_second_file(scenes: Path) -> None:
+    Image.fromarray(np.full((64, 64, 3), 7, np.uint8)).save(scenes / "train" / "a" / "flat.png")
+    for name, source, angle in (("a/again", "train/a/05", 90), ("<b>/doubtful", "train/a/06", 180)):
+        turned = Image.open(scenes / f"{source}.png").rotate(angle)
+        turned.save(scenes / "train" / f"{name}.png")
+    verdict = check(scenes)
+    assert not verdict.untrue
+    assert sorted(kinds(verdict, False)) == ["flat images", "near copies", "near copies"]
+    clean = f"train {shlex.quote(f'data.split_file={scenes.parent}/out/clean.csv')}"
+    assert {finding.change for finding in verdict.findings} == {clean}
+    left = set(pd.read_csv(scenes.parent / "out" / "clean.csv")["id"])
+    gone = {"train/a/flat.png", "train/a/06.png", "train/<b>/doubtful.png"}
+    assert not left & gone
+    assert len({"train/a/05.png", "train/a/again.png"} & left) == 1
+    assert not (scenes.parent / "out" / "split.csv").exists()
+    again = check(scenes, f"data.split_file={scenes.parent}/out/clean.csv")
+    assert [finding.kind for finding in again.findings if "not in" not in finding.text] == []
+
+
+def test_masks_are_checked(mask_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "masked"
+    shutil.copytree(mask_folder, root)
+    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(root / "masks" / "0.png")  # none of its pixels is known
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(root / "masks" / "1.png")  # of another size
+    odd = np.asarray(Image.open(root / "masks" / "2.png")).copy()
+    odd[0, 0] = 77  # no class has it
+    Image.fromarray(odd).save(root / "masks" / "2.png")
+    overrides = ["task.kind=segmentation", "data.masks.classes={land: 0, road: 255, sea: 3}", "data.masks.ignore=[9]"]
+    found = {finding.kind: finding for finding in check(root, *overrides).findings}
+    assert found["files"].untrue
+    assert found["files"].text.startswith("2 image(s) cannot be used, e.g. ")
+    assert "1.png: is 20 x 20 pixels, its image 40 x 40" in found["files"].text
+    assert found["masks"].text.startswith("1 mask(s) have no pixel with a class, e.g. that of ")
+    assert found["masks"].pairs.tolist() == [[0]]
+    assert found["masks"].change.endswith("/out/clean.csv")
+    assert sorted(pd.read_csv(tmp_path / "out" / "clean.csv")["id"].str[7:-4].astype(int)) == list(range(3, 12))
+    assert found["classes"].text == "no pixel of class sea"
+    assert found["classes"].change == "train 'data.masks.classes={land:0,road:255}'"
+    mended = ["data.masks.classes={land: 0, road: 255}", f"data.split_file={tmp_path}/out/clean.csv"]
+    mended += ["data.on_bad_file=skip"]
+    assert not {"masks", "classes"} & {finding.kind for finding in check(root, *overrides, *mended).findings}
+
+
+def test_a_class_of_next_to_no_pixel_is_named(mask_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "masked"
+    shutil.copytree(mask_folder, root)
+    one = np.asarray(Image.open(root / "masks" / "3.png")).copy()
+    one[0, 0] = 1
+    Image.fromarray(one).save(root / "masks" / "3.png")
+    classes = "data.masks.classes={land: 0, road: 255, well: 1}"
+    # Images are in the order of their names: 0, 1, 10, 11, 2, 3.
+    (rare,) = (f for f in check(root, "task.kind=segmentation", classes).findings if f.kind == "imbalance")
+    assert rare.text.endswith("of the labelled pixels, e.g. 'well' 0.0052 %")
+    assert (rare.pairs.tolist(), rare.change) == ([[5]], "train task.loss.dice=1")
+
+
+def test_another_way_to_divide_is_named_and_works(tmp_path: Path) -> None:
+    rows = []
+    for i in range(20):
+        Image.fromarray(scene(i)).save(tmp_path / f"{i}.png")
+        rows.append({"path": f"{i}.png", "label": "ab"[i % 2], "group": f"g{i % 2}"})  # a group is a class
+    pd.DataFrame(rows).to_csv(tmp_path / "index.csv", index=False)
+    (found,) = (finding for finding in check(tmp_path / "index.csv").findings if finding.kind == "split")
+    assert (found.untrue, found.change) == (True, "train data.split=stratified")
+    assert "split" not in kinds(check(tmp_path / "index.csv", "data.split=stratified"), True)
 
 
 def test_what_has_a_command_and_what_has_none(scenes: Path) -> None:

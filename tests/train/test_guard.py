@@ -9,6 +9,7 @@ from r2kit.checkpoint import is_whole
 from r2kit.errors import RunError
 from r2kit.run import Run
 from r2kit.tasks import ClassificationTask
+from r2kit.train import resume
 
 pytestmark = [
     # Lightning names the number of loader processes; r2kit chooses it.
@@ -47,6 +48,37 @@ def test_a_loss_that_is_no_number_stops_with_its_batch_and_the_last_good_checkpo
     assert facts["row"] == kept["index"].tolist()
     assert len(facts["id"]) == len(facts["path"]) == len(kept["image"])
     assert (facts["epoch"], facts["batch"], facts["loss"]) == (1, 1, "nan")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("cannot allocate")]
+)
+def test_memory_that_runs_out_in_training_is_one_line_and_the_run_goes_on(quick_recipe, tmp_path, monkeypatch, error):
+    original = ClassificationTask.training_step
+
+    def too_much(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 1:
+            raise error
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationTask, "training_step", too_much)
+        said, run = fails(quick_recipe, tmp_path / "run")
+    assert said == (
+        "epoch 2, batch 2: out of memory, though a trial step with 8 images fitted; if something else took the memory, "
+        f"free it and go on from its last checkpoint with r2kit resume {run.path}; else start again with "
+        "train.batch_size=4 train.accumulate=2 --overwrite"
+    )
+    assert resume(run.path, quiet=True).info["state"] == "finished"
+
+
+def test_a_loader_process_that_was_killed_is_one_line(quick_recipe, tmp_path, monkeypatch):
+    def killed(self, batch, batch_idx):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", killed)
+    said, _ = fails(quick_recipe, tmp_path / "run")
+    assert said.startswith("DataLoader worker (pid 7) is killed by signal: Killed; most often memory is out: go on ")
 
 
 def test_a_loss_that_explodes_stops(quick_recipe, tmp_path, monkeypatch):

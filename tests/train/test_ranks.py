@@ -141,6 +141,39 @@ def test_several_processes_stop_together_and_go_on(quick_file, tmp_path):
     assert process.wait(timeout=60) == 143
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes in /proc")
+def test_two_processes_that_were_ended_twice_reach_the_bits_of_those_that_were_not(quick_recipe, tmp_path):
+    overrides = ["train.devices=2", "train.batch_size=4", "train.epochs=30", "train.checkpoint_every=2"]
+    overrides += ["train.ema=true", "data.workers=2", "model.drop_rate=0.1", "augment.mixup=0.4", "augment.cutmix=0.4"]
+    recipe = tmp_path / "hard.yaml"
+    recipe.write_text(to_yaml(load_recipe(quick_recipe, overrides)))
+    train(recipe, tmp_path / "whole")
+
+    broken, steps = tmp_path / "broken", []
+    for words, number in (("finetune", signal.SIGTERM), ("resume", signal.SIGKILL)):
+        place = [str(recipe), "--out", str(broken)] if words == "finetune" else [str(broken)]
+        process = subprocess.Popen(
+            [*CLI, words, *place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
+        )
+        last, until = broken / "checkpoints" / "last.ckpt", time.monotonic() + 240
+        while (not last.exists() or read_checkpoint(last)["position"]["step"] <= sum(steps[-1:]) + 3) and (
+            process.poll() is None and time.monotonic() < until
+        ):
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number], process.stderr.read()
+        process.stderr.close()
+        steps.append(read_checkpoint(last)["position"]["step"])
+    assert 0 < steps[0] < steps[1] < 30 * 3
+    done = subprocess.run([*CLI, "resume", str(broken)], capture_output=True, text=True, timeout=400, env=ENV)
+    assert done.returncode == 0, done.stderr
+    one, two = Run.open(tmp_path / "whole"), Run.open(broken)
+    assert one.metrics_csv.read_bytes() == two.metrics_csv.read_bytes()
+    assert one.weights_file.read_bytes() == two.weights_file.read_bytes()
+    assert one.predictions("test").read_bytes() == two.predictions("test").read_bytes()
+
+
 # --------------------------------------------------------------------------------------------------- what is decided
 
 
