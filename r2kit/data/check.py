@@ -104,7 +104,7 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
 
     manifest = pd.concat([manifest, measured], axis=1)
     if source.contents is not None:
-        manifest = pd.concat([manifest, source.contents.drop(columns=["pixels", "flat"])], axis=1)
+        manifest = pd.concat([manifest, source.contents.drop(columns=["pixels", "flat", "low"])], axis=1)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_table(manifest, out / "manifest.parquet")

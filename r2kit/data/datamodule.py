@@ -16,7 +16,7 @@ from torch import Tensor
 from r2kit.data.boxes.samples import BoxSamples
 from r2kit.data.boxes.source import BoxedImages
 from r2kit.data.dense import MaskSamples
-from r2kit.data.leaks import find_leaks, without_leaks
+from r2kit.data.leaks import find_leaks, near_copies_between_parts, without_leaks
 from r2kit.data.loader import Batch, EpochSampler, Loader, Samples, fill_batch, make_loader
 from r2kit.data.mix import cutmix_masks, draw_kind, mix_batch
 from r2kit.data.preprocess import Preprocess
@@ -403,7 +403,10 @@ class DataModule(lightning.LightningDataModule):
         leaks = find_leaks(self.source, split)
         if leaks and self.spec.on_leak == "keep":
             notes = tuple(f"{leak.text}: the result is too good (data.on_leak=keep)" for leak in leaks)
-            return dataclasses.replace(split, warnings=(*split.warnings, *notes))
+            split = dataclasses.replace(split, warnings=(*split.warnings, *notes))
         if leaks and self.spec.on_leak == "error":
             raise DataError(f"{leaks[0].text}: the result would not be true; {leaks[0].mend}")
-        return without_leaks(split, leaks, manifest, self.source.strata) if leaks else split
+        if leaks and self.spec.on_leak == "drop":
+            split = without_leaks(split, leaks, manifest, self.source.strata)
+        near = near_copies_between_parts(self.source, split)
+        return split if near is None else dataclasses.replace(split, warnings=(*split.warnings, near))

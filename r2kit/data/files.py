@@ -21,11 +21,12 @@ import pandas as pd
 
 from r2kit.cache import cache_folder
 from r2kit.data.decoded import DecodedImages
+from r2kit.data.perceptual import coefficients
 from r2kit.data.reader import ImageInfo, choose_bands, examine_image, read_image
 from r2kit.data.sources import Target, fingerprint_of
 from r2kit.errors import DataError
 
-_CHECK = 3  # raise when the reader starts to accept, refuse or describe files in another way
+_CHECK = 4  # raise when the reader starts to accept, refuse or describe files in another way
 
 
 SEPARATOR = ";"
@@ -104,7 +105,9 @@ class ImageFiles:
         if several:
             self.manifest["labels"] = [tuple(self.classes.index(label) for label in labels) for labels in held]
         self.strata = self.classes
-        self.contents: pd.DataFrame | None = listed[["sha256", "pixels", "flat", "height", "width", "crs", "bounds"]]
+        self.contents: pd.DataFrame | None = listed[
+            ["sha256", "pixels", "flat", "low", "height", "width", "crs", "bounds"]
+        ]
         carried = self.manifest["labels" if several else "label"]
         self.fingerprint = fingerprint_of(zip(listed["id"], carried, listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
@@ -165,8 +168,9 @@ def check_files(name: str, root: Path, ids: Sequence[str], workers: int) -> pd.D
         workers: Threads.
 
     Returns:
-        One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), flat (of one colour), height,
-        width, error (None for a good file), and the fields of `ImageInfo`.
+        One row per id: sha256 (of the file), pixels (hash of shape, type and pixels), flat (of one colour), low (64
+        float16 as bytes: the low frequencies by which near copies are known, None without texture), height, width,
+        error (None for a good file), and the fields of `ImageInfo`.
     """
     memory = memory_of(name)
     stamps = [stamp_of(root / identity) for identity in ids]
@@ -261,7 +265,7 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
     path = root / identity
     nothing = dict.fromkeys((field.name for field in dataclasses.fields(ImageInfo)), None)
     row: dict[str, object] = {"id": identity, "stamp": stamp, "check": _CHECK, "sha256": "", "error": None, **nothing}
-    row |= {"pixels": None, "flat": None, "height": None, "width": None}
+    row |= {"pixels": None, "flat": None, "low": None, "height": None, "width": None}
     try:
         info, pixels = examine_image(path)
         with path.open("rb") as file:
@@ -270,7 +274,9 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
         row["error"] = str(error).removeprefix(f"{path}: ")
     else:
         row |= dataclasses.asdict(info)
+        low = coefficients(pixels, info.nodata)
         row |= {"pixels": pixel_hash(pixels), "flat": is_flat(pixels)}
+        row |= {"low": None if low is None else low.astype(np.float16).tobytes()}
         row |= {"height": pixels.shape[0], "width": pixels.shape[1]}
     return row
 

@@ -14,6 +14,7 @@ import rasterio.warp
 from scipy.spatial import cKDTree
 
 from r2kit.data.findings import Finding
+from r2kit.data.perceptual import near_copies
 from r2kit.data.sources import Source
 from r2kit.data.splits import PARTS, Split
 from r2kit.data.stratify import absent, membership
@@ -22,6 +23,8 @@ from r2kit.errors import DataError
 MIN_OVERLAP = 0.01
 """Share of the smaller footprint above which two count as overlapping; neighbouring tiles may share an edge."""
 _MIN_OVERLAP_ACROSS = 0.25  # between coordinate systems: rectangles grow when they are turned into degrees
+NEAR_LIMIT = 20_000
+"""Images up to which every training looks for near copies between its parts; `r2kit data check` does for any number."""
 _CHUNK = 512
 
 
@@ -59,6 +62,35 @@ def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -
             text = f"{len(pairs)} image(s) {what} in two parts, e.g. {first} ({parts[0]}) and {second} ({parts[1]})"
             found.append(Finding(kind, True, text, mend, pairs, change="data.on_leak=drop"))
     return found
+
+
+def near_copies_between_parts(source: Source, split: Split) -> str | None:
+    """Say how many images look like near copies of one in a higher part; None where none do, or it is not searched.
+
+    Likeness is a reason to look, not a proof: training goes on. It is searched by what the check of the files left,
+    among at most `NEAR_LIMIT` images.
+    """
+    rank = np.full(len(source.manifest), -1)
+    for number, name in enumerate(PARTS):
+        rank[split.rows(name)] = number
+    if source.contents is None:
+        return None
+    hashed = np.flatnonzero((rank >= 0) & source.contents["low"].notna().to_numpy())
+    if not 2 <= len(hashed) <= NEAR_LIMIT:
+        return None
+    lows = np.frombuffer(b"".join(source.contents["low"].iloc[hashed]), dtype=np.float16).astype(np.float32)
+    pairs = hashed[near_copies(lows.reshape(-1, 8, 8))].reshape(-1, 2)
+    pixels = source.contents["pixels"].to_numpy(dtype=object)
+    pairs = pairs[(rank[pairs[:, 0]] != rank[pairs[:, 1]]) & (pixels[pairs[:, 0]] != pixels[pairs[:, 1]])]
+    if not len(pairs):
+        return None
+    first, second = pairs[0][np.argsort(rank[pairs[0]])]
+    path = source.manifest["path"]
+    return (
+        f"{len(pairs)} pair(s) of images in two parts look like near copies (turned, resized or compressed), e.g. "
+        f"{path.iloc[first]} ({PARTS[rank[first]]}) and {path.iloc[second]} ({PARTS[rank[second]]}): r2kit data check "
+        "shows them and writes a split without them"
+    )
 
 
 def without_leaks(split: Split, findings: list[Finding], manifest: pd.DataFrame, classes: tuple[str, ...]) -> Split:

@@ -21,7 +21,7 @@ MIN_COSINE = 0.985
 """Similarity of the coefficients themselves from which two images count as near copies."""
 _CHUNKS = MAX_BITS + 1  # bits in more chunks than may differ: near hashes agree in one chunk at least
 _WIDTH = (SIDE * SIDE - 1) // _CHUNKS  # bits of a chunk; the first bit of a hash, of the constant, is always 0
-_AT_ONCE = 1 << 22  # hashes compared at once, for the sake of memory
+_AT_ONCE, _COSINES = 1 << 22, 1 << 16  # hashes, and coefficients, compared at once, for the sake of memory
 
 
 def coefficients(raw: np.ndarray, nodata: float | None = None) -> np.ndarray | None:
@@ -80,7 +80,7 @@ def near_copies(lows: np.ndarray) -> np.ndarray:
     turned = np.stack([orientations(low) for low in lows])  # (N, 8, 8, 8)
     queries = _bits(turned.reshape(-1, SIDE, SIDE))  # (8 N,)
     owner = np.repeat(np.arange(len(lows)), 8)
-    found: set[tuple[int, int]] = set()
+    found: list[np.ndarray] = []
     for chunk in range(_CHUNKS):
         mask = np.uint64((1 << _WIDTH) - 1) << np.uint64(1 + chunk * _WIDTH)
         order = np.argsort(base & mask, kind="stable")
@@ -93,14 +93,13 @@ def near_copies(lows: np.ndarray) -> np.ndarray:
             theirs = asked[first:last]
             step = max(1, _AT_ONCE // max(len(theirs), 1))
             for mine in (order[i : min(i + step, end)] for i in range(start, end, step)):
-                apart = np.bitwise_count(base[mine][:, None] ^ queries[theirs][None])
-                for a, b in np.argwhere(apart <= MAX_BITS):
-                    low, high = int(mine[a]), int(owner[theirs[b]])
-                    if low < high and (low, high) not in found:
-                        cosine = float((lows[low] * turned[high, theirs[b] % 8]).sum())
-                        if cosine >= MIN_COSINE:
-                            found.add((low, high))
-    return np.array(sorted(found), dtype=np.int64).reshape(-1, 2)
+                near = np.argwhere(np.bitwise_count(base[mine][:, None] ^ queries[theirs][None]) <= MAX_BITS)
+                pairs = np.stack([mine[near[:, 0]], owner[theirs[near[:, 1]]], theirs[near[:, 1]] % 8], axis=1)
+                pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+                for some in (pairs[i : i + _COSINES] for i in range(0, len(pairs), _COSINES)):
+                    cosine = np.einsum("nij,nij->n", lows[some[:, 0]], turned[some[:, 1], some[:, 2]])
+                    found.append(some[cosine >= MIN_COSINE, :2])
+    return np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *found]), axis=0)
 
 
 def _bits(lows: np.ndarray) -> np.ndarray:

@@ -124,6 +124,7 @@ class RasterTiles:
             }
         )
         contents = found[["pixels", "flat", "crs", "bounds"]].copy()
+        contents["low"] = None  # neighbouring tiles of one raster look alike by nature
         contents["sha256"], contents["height"], contents["width"] = found["pixels"], self.tile, self.tile
         self.contents: pd.DataFrame | None = contents
         self.skipped: list[tuple[str, str]] = []

@@ -11,7 +11,9 @@ from rasterio.transform import Affine
 
 from r2kit.data import findings
 from r2kit.data.check import Verdict, check_data
+from r2kit.data.datamodule import DataModule
 from r2kit.data.findings import Finding
+from r2kit.recipe import AugmentSpec, DataSpec
 from r2kit.recipe_file import load_recipe
 from tests.data.test_perceptual import scene
 
@@ -72,6 +74,16 @@ def test_copies_across_parts_make_a_result_untrue(scenes: Path) -> None:
 
     dropped = check(scenes, "data.on_leak=drop")
     assert kinds(dropped, True) == ["near copies"]
+
+
+def test_training_says_that_images_look_like_near_copies(scenes: Path) -> None:
+    turned = Image.open(scenes / "train" / "a" / "05.png").transpose(Image.Transpose.ROTATE_90)
+    turned.save(scenes / "test" / "a" / "turned.jpg", quality=70)
+    data = DataModule(DataSpec(root=str(scenes), image_size=32), AugmentSpec(), seed=0, batch_size=4)
+    data.setup()
+    (note,) = data.split.warnings
+    assert note.startswith("1 pair(s) of images in two parts look like near copies (turned, resized or compressed), ")
+    assert f"e.g. {scenes}/train/a/05.png (train) and {scenes}/test/a/turned.jpg (test): r2kit data check" in note
 
 
 def test_each_kind_of_target_has_its_own_checks(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

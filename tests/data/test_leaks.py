@@ -16,7 +16,7 @@ NONE = np.empty(0, dtype=np.int64)
 
 def source(count: int = 6, **columns) -> SimpleNamespace:
     """A source of `count` images that differ in everything that is not given."""
-    contents = {"pixels": [f"p{i}" for i in range(count)], "flat": False, "crs": None, "bounds": None}
+    contents = {"pixels": [f"p{i}" for i in range(count)], "flat": False, "low": None, "crs": None, "bounds": None}
     contents = pd.DataFrame(contents | {k: v for k, v in columns.items() if k in contents})
     manifest = {"path": [f"{i}.tif" for i in range(count)], "label": [i % 2 for i in range(count)], "group": None}
     return SimpleNamespace(manifest=pd.DataFrame(manifest | {k: v for k, v in columns.items() if k == "group"}),

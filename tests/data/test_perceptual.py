@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_compressed_and_resized_copies_are_found() -> None:
     images += [jpeg(images[0], 40), np.asarray(Image.fromarray(images[1]).resize((64, 70)))]
     lows = np.stack([coefficients(image) for image in images])
     assert near_copies(lows).tolist() == [[0, 30], [1, 31]]
+
+
+def test_many_images_are_compared_in_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    lows = rng.normal(size=(4000, 8, 8)).astype(np.float32)
+    lows[:, 0, 0] = 0.0
+    lows /= np.linalg.norm(lows.reshape(4000, -1), axis=1)[:, None, None]
+    lows[3999] = orientations(lows[17])[5]
+    tracemalloc.start()
+    found = near_copies(lows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.tolist() == [[17, 3999]]
+    assert peak < 1e8  # all against all would be a gigabyte
 
 
 def test_images_without_texture_have_no_hash() -> None:
