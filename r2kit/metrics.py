@@ -52,6 +52,12 @@ class Interval:
         """Return JSON primitives; NaN becomes None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Interval:
+        """Read what `to_dict` gave."""
+        value, low, high = (math.nan if found[end] is None else float(found[end]) for end in ("value", "low", "high"))
+        return cls(value, low, high, found["level"], found["units"], found["n"], found["reason"])
+
 
 @dataclass(frozen=True)
 class PerClass:

@@ -64,7 +64,6 @@ def _build_detector(
 ) -> Detector:
     """Build a detector; those whose anchors are measured get them when the data is known, or with their weights."""
     preset = "small" if task.anchors == "auto" else task.anchors
-    options: dict[str, Any] = {} if spec.structure is None else {"structure": spec.structure}
     return build_detector(
         task.model,
         spec.name,
@@ -80,7 +79,7 @@ def _build_detector(
         in_chans_rule=spec.in_chans_rule,
         rgb_bands=_rgb_positions(bands),
         drop_path_rate=spec.drop_path_rate,
-        **options,
+        **spec.options,
     )
 
 
@@ -108,9 +107,8 @@ def build_model(
         "rgb_bands": _rgb_positions(bands),
         "drop_rate": spec.drop_rate,
         "drop_path_rate": spec.drop_path_rate,
+        **spec.options,
     }
-    if spec.structure is not None:
-        options["structure"] = spec.structure
     if not spec.warm_start:
         return create_model(spec.name, **options)
     if images is None:

@@ -34,7 +34,7 @@ SMALL = (
     "train.batch_size=4",
     "augment.mix_off_epochs=0",
 )
-TRAINS = {"finetune", "tune", "optimism", "allocate"}
+TRAINS = {"finetune", "tune", "optimism", "allocate", "study"}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ LEVELS = [
     {"train"},
     {"fastai"},
     {"allocate", "tune", "compare", "optimism"},
+    {"study"},
     {"cli"},
 ]
 LEVEL = {name: height for height, names in enumerate(LEVELS) for name in names}

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, torchmetrics and slow loops; intervals against theory and simulation."""
 
+import json
 import math
 
 import numpy as np
@@ -125,6 +126,15 @@ def test_interval_of_many_images_is_the_normal_one_and_wilsons():
     assert (interval.low, interval.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.0015)
     assert (interval.low, interval.high) == pytest.approx(metrics.wilson_interval(900, 1200), abs=0.0025)
     assert (interval.units, interval.n, interval.reason) == ("images", 1200, None)
+
+
+def test_interval_is_read_as_it_was_written():
+    for one in (
+        metrics.Interval(0.5, 0.4, 0.6, 0.95, "images", 9),
+        metrics.Interval(0.5, np.nan, np.nan, 0.95, "groups", 1, "one group"),
+    ):
+        again = metrics.Interval.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))
+        assert repr(again) == repr(one)  # NaN does not equal itself
 
 
 def test_interval_is_a_function_of_data_and_seed():

@@ -280,6 +280,8 @@ class Res2Net(StagedNet):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if len(layers) != 4:
+            raise ModelError(f"layers: a network of this kind has four stages, got {list(layers)}")
         if output_stride not in (8, 16, 32):
             raise ModelError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -8,7 +8,7 @@ Source: Gao et al. 2019, arXiv:1904.01169, and the authors' code (github.com/Res
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class CifarRes2NeXt(StagedNet):
         base_width: Channels of one split, for one group, at the first stage.
         scale: Number of splits; 1 is ResNeXt-29.
         cardinality: Groups of each 3x3 convolution.
+        layers: Units in each of the three stages.
         attn_layer: See `Res2Block`.
         act_layer: Activation class, or its name in timm.
         norm_layer: Normalisation class, or its name in timm.
@@ -87,6 +88,7 @@ class CifarRes2NeXt(StagedNet):
         base_width: int,
         scale: int,
         cardinality: int,
+        layers: Sequence[int] = (3, 3, 3),
         attn_layer: Callable[..., nn.Module] | None = None,
         act_layer: str | type[nn.Module] = nn.ReLU,
         norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
@@ -100,6 +102,8 @@ class CifarRes2NeXt(StagedNet):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if len(layers) != 3:
+            raise ModelError(f"layers: a CIFAR network has three stages, got {list(layers)}")
         if output_stride not in (1, 2, 4):
             raise ModelError(f"output_stride of a CIFAR network must be 1, 2 or 4, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -112,7 +116,7 @@ class CifarRes2NeXt(StagedNet):
         stages, stage_info = make_blocks(
             (Res2Block,) * 3,
             (64, 128, 256),
-            (3, 3, 3),
+            tuple(layers),
             self.stem_chs,
             output_stride=4 * output_stride,  # make_blocks counts from a stem at stride 4, and here it is at 1
             drop_path_rate=drop_path_rate,

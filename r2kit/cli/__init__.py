@@ -31,6 +31,7 @@ for command in (
     training.allocate,
     training.tune,
     training.compare,
+    training.study,
     after.evaluate,
     after.predict,
     after.export,

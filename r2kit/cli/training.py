@@ -125,6 +125,24 @@ def compare(
     compare_command(given or [], recipe=recipe, models=models, seeds=seeds, out=out)
 
 
+def study(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str],
+        typer.Option(help="A key and its other values, once for each: model.block.scale=2,4,8, train.lr=1e-3,3e-3."),
+    ] = ...,  # type: ignore[assignment]  # typer's word for an option that must be given
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each network, counted up from the recipe's.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for study.csv, study.png and the runs.")] = Path(
+        "study"
+    ),
+) -> None:
+    """Vary one key at a time around a recipe: accuracy against parameters and multiply-adds, as table and picture."""
+    from r2kit.study import study as train_all
+
+    train_all(recipe, vary, seeds=seeds, out=out, overrides=overrides or [])
+
+
 def tune(
     recipe: RecipeArgument,
     overrides: Overrides = None,

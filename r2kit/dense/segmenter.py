@@ -137,9 +137,7 @@ def build_backbone(
         ModelError: If the backbone cannot be had, or has no such maps.
     """
     rule: InChansRule = spec.in_chans_rule
-    options: dict[str, Any] = {"drop_path_rate": spec.drop_path_rate}
-    if spec.structure is not None:
-        options["structure"] = spec.structure
+    options: dict[str, Any] = {"drop_path_rate": spec.drop_path_rate, **spec.options}
     if output_stride != 32 and depth == 5:
         options["output_stride"] = output_stride
     indices = map_indices(spec.name, [2 ** (i + 1) for i in range(depth)], needs=needs)
