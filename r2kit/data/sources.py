@@ -48,8 +48,8 @@ class Source(Protocol):
     also labels (tuple of positions, maybe empty); label is then the rarest of them."""
     contents: pd.DataFrame | None
     """What the files hold, one row per row of the manifest: sha256 (of the file), pixels (hash of shape, type and
-    pixels), flat (of one colour), low (see `files.check_files`), height, width, crs and bounds (left, bottom, right, top
-    in units of crs; None without georeference). None where the images are no files of the user's."""
+    pixels), flat (of one colour), low (see `files.check_files`), height, width, crs and bounds (left, bottom, right,
+    top in units of crs; None without georeference). None where the images are no files of the user's."""
     skipped: list[tuple[str, str]]
     """(path, reason) of each image that was left out."""
     in_memory: bool
