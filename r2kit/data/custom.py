@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,13 @@ _REFUSED = {
     "Lambda": "needs Python code, which a recipe does not hold",
     "TextImage": "needs texts and a font, which a recipe does not hold",
     **dict.fromkeys(
-        ("Compose", "OneOf", "SomeOf", "Sequential", "OneOrOther", "RandomOrder", "ReplayCompose"),
-        "is a list of transforms; name them one after the other, each with its p",
+        ("Compose", "Sequential", "OneOrOther", "RandomOrder", "ReplayCompose"),
+        "is a list of transforms; name them one after the other, each with its p, or choose among them with OneOf or "
+        "SomeOf",
     ),
 }
+_CHOICES = ("OneOf", "SomeOf")
+"""Transforms that choose among those that they list under `transforms`."""
 _OWN_RULE = ("self", "mask_interpolation")  # masks hold classes: they are never interpolated
 _DEVIATIONS = 4.0  # an ordinary band lies within this many standard deviations of its mean
 
@@ -67,9 +70,8 @@ class Custom:
         self._listed = listed
         self._preprocess = preprocess
         self._fill_mask = fill_mask
-        for position, transform in enumerate(self.build()):
-            name = str(listed[position]["name"])
-            _check_fit(f"augment.transforms[{position}]: {name}", transform, name, preprocess, target)
+        for where, transform in named_leaves(listed, self.build(), "augment.transforms"):
+            _check_fit(where, transform, type(transform).__name__, preprocess, target)
 
     def build(self) -> list[Any]:
         """Make the transforms, new ones at each call."""
@@ -108,11 +110,45 @@ def make_transforms(listed: Sequence[Mapping[str, Any]], fill_mask: int = 255) -
     Raises:
         DataError: If a name, an argument or a value is wrong.
     """
+    return _make_all("augment.transforms", listed, fill_mask)
+
+
+def named_leaves(listed: Sequence[Mapping[str, Any]], made: Sequence[Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Yield each transform that changes an image, those among which another one chooses included, with its place."""
+    for position, (values, transform) in enumerate(zip(listed, made, strict=True)):
+        place = f"{where}[{position}]"
+        if values["name"] in _CHOICES:
+            yield from named_leaves(values["transforms"], transform.transforms, f"{place}.transforms")
+        else:
+            yield f"{place}: {values['name']}", transform
+
+
+def moves_places(transform: Any) -> bool:
+    """Whether a transform, or one among which it chooses, moves pixels to other places."""
+    return isinstance(transform, A.DualTransform) or any(
+        moves_places(inner) for inner in getattr(transform, "transforms", ())
+    )
+
+
+def _make_all(where: str, listed: Sequence[Mapping[str, Any]], fill_mask: int) -> list[Any]:
+    """Construct the transforms of a list."""
     made = []
     for position, values in enumerate(listed):
         name = str(values["name"])
         arguments = {key: value for key, value in values.items() if key != "name"}
-        made.append(_make(f"augment.transforms[{position}]: {name}", name, arguments, fill_mask))
+        place = f"{where}[{position}]"
+        if name in _CHOICES:
+            inner = arguments.get("transforms")
+            named = isinstance(inner, Sequence) and all(
+                isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in inner
+            )
+            if not named or not inner:
+                raise DataError(
+                    f"{place}: {name}: needs transforms, a list of those to choose from, e.g. {{name: {name}, "
+                    "transforms: [{name: Blur}, {name: GaussNoise}], p: 0.5}"
+                )
+            arguments["transforms"] = _make_all(f"{place}.transforms", inner, fill_mask)
+        made.append(_make(f"{place}: {name}", name, arguments, fill_mask))
     return made
 
 
@@ -140,7 +176,7 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
     """Construct one transform, every name and value checked."""
     if name in _REFUSED:
         raise DataError(f"{where}: {_REFUSED[name]}")
-    known = known_transforms()
+    known = (*known_transforms(), *_CHOICES)
     if name not in known:
         hint = (
             did_you_mean(name, known) or "; albumentations' own names are known, e.g. GaussNoise, Affine, CoarseDropout"
@@ -158,7 +194,7 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to use other transforms; unknown arguments are refused above
             return kind(**arguments)
-    except (ValueError, TypeError) as error:  # pydantic's error is a ValueError
+    except (ValueError, TypeError, ZeroDivisionError) as error:  # pydantic's error is a ValueError; all p are 0
         raise DataError(f"{where}: {_reason(error)}") from None
 
 

@@ -24,7 +24,7 @@ import albumentations as A
 import cv2
 from albumentations.augmentations.crops.transforms import BaseCrop
 
-from r2kit.data.custom import Custom
+from r2kit.data.custom import Custom, moves_places
 from r2kit.data.preprocess import Preprocess, missing_pixels
 from r2kit.recipe import AugmentSpec
 
@@ -293,7 +293,7 @@ class _Stage:
 
     def __init__(self, build: Callable[[], list[Any]]) -> None:
         self.plain = A.Compose(build())
-        self._moves = any(isinstance(step, A.DualTransform) for step in self.plain.transforms)
+        self._moves = any(moves_places(step) for step in self.plain.transforms)
         boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
         self.boxed = A.Compose(build(), bbox_params=boxes) if self._moves else self.plain
 

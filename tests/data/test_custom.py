@@ -67,7 +67,16 @@ def noise(bands: int = 3, dtype=np.uint8, high: int = 256, seed: int = 0) -> np.
         ({"name": "Normalize"}, "Normalize: changes what a pixel is, and the run's own preprocessing does that"),
         ({"name": "ToTensorV2"}, "ToTensorV2: changes what a pixel is"),
         ({"name": "Lambda"}, "Lambda: needs Python code"),
-        ({"name": "OneOf"}, "OneOf: is a list of transforms; name them one after the other"),
+        ({"name": "Compose"}, "Compose: is a list of transforms; .* or choose among them with OneOf or SomeOf"),
+        ({"name": "OneOf"}, r"OneOf: needs transforms, a list of those to choose from, e.g. \{name: OneOf, transforms"),
+        ({"name": "OneOf", "transforms": []}, "OneOf: needs transforms"),
+        ({"name": "SomeOf", "transforms": [{"p": 1}]}, "SomeOf: needs transforms"),
+        ({"name": "SomeOf", "transforms": [{"name": "Blur"}], "m": 1}, "SomeOf: unknown argument 'm'; it takes "),
+        ({"name": "OneOf", "transforms": [{"name": "Blur", "p": 0}]}, "OneOf: float division by zero|OneOf: "),
+        (
+            {"name": "OneOf", "transforms": [{"name": "Blur"}, {"name": "SomeOf", "transforms": [{"name": "FDA"}]}]},
+            r"augment.transforms\[0\].transforms\[1\].transforms\[0\]: FDA: needs other images",
+        ),
         ({"name": "Pad3D"}, "Pad3D: no such transform"),
         ({"name": "FDA"}, r"FDA: needs other images \(fda_metadata\), which a recipe cannot give"),
         ({"name": "MaskDropout"}, "MaskDropout: needs mask, and the data has none"),
@@ -78,6 +87,24 @@ def test_what_is_refused(listed, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         augment(listed)
     assert "\n" not in str(caught.value)
+
+
+def test_a_choice_takes_one_of_its_transforms_and_masks_follow() -> None:
+    turns = [{"name": "HorizontalFlip"}, {"name": "VerticalFlip"}, {"name": "Transpose"}]
+    one = augment({"name": "OneOf", "transforms": turns, "p": 1.0}, target="mask")
+    raw = noise()
+    wanted = [raw[:, ::-1], raw[::-1], raw.transpose(1, 0, 2)]
+    seen = set()
+    for row in range(30):
+        found = one.with_targets(raw, (0, 0, row), mask=raw[..., 0])
+        (which,) = [i for i, image in enumerate(wanted) if np.array_equal(image, found.image)]
+        np.testing.assert_array_equal(found.mask, found.image[..., 0])
+        np.testing.assert_array_equal(one(raw, (0, 0, row)), found.image)
+        seen.add(which)
+    assert seen == {0, 1, 2}
+    certain = [{**turn, "p": 1.0} for turn in turns[:2]]
+    both = augment({"name": "SomeOf", "transforms": certain, "n": 2})
+    np.testing.assert_array_equal(both(raw, (0, 0, 0)), raw[::-1, ::-1])
 
 
 def test_the_place_in_the_list_is_named() -> None:
