@@ -96,11 +96,12 @@ class Classifier:
     def __call__(self, image: Tensor) -> NDArray[np.float64]:
         """Return the probabilities (B, K) of normalised images (B, C, H, W); rows sum to 1 unless `several`."""
         image = image.to(self.device, torch.float32)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64)
         for number in self.orientations:
-            logits = self.model(orient(image, number).contiguous(memory_format=self.layout))
-            total = total + (logits.double().sigmoid() if self.several else logits.double().softmax(1))
-        probs: NDArray[np.float64] = (total / len(self.orientations)).cpu().numpy()
+            # On the CPU from here: Apple's GPUs have no float64.
+            logits = self.model(orient(image, number).contiguous(memory_format=self.layout)).cpu().double()
+            total = total + (logits.sigmoid() if self.several else logits.softmax(1))
+        probs: NDArray[np.float64] = (total / len(self.orientations)).numpy()
         return probs
 
 
