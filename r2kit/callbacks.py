@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -67,7 +68,7 @@ class Recorder(Checkpoint):
         if self.better:
             self.best_epoch = len(self.rows) - 1
         if trainer.is_global_zero:
-            write_atomic(self.run.metrics_csv, self._csv())
+            write_atomic(self.run.metrics_csv, epochs_csv(self.rows))
         self._print(trainer, pl_module.seconds_left)
 
     def _print(self, trainer: L.Trainer, seconds_left: float | None) -> None:
@@ -81,14 +82,6 @@ class Recorder(Checkpoint):
             f"lr {row['lr']:.2g}  {duration(left)} left{'  (best)' if self.better else ''}"
         )
 
-    def _csv(self) -> str:
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            writer.writerow({key: value if isinstance(value, int) else f"{value:.9g}" for key, value in row.items()})
-        return out.getvalue()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far; plain values only."""
         return {"rows": self.rows, "best_epoch": self.best_epoch, "seconds": self.seconds}
@@ -99,6 +92,16 @@ class Recorder(Checkpoint):
         self._earlier_rows = len(self.rows)
         self.best_epoch = state_dict["best_epoch"]
         self.earlier_seconds = state_dict["seconds"]
+
+
+def epochs_csv(rows: Sequence[dict[str, float]]) -> str:
+    """Return the text of `metrics.csv`: a header and a row for each epoch."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: value if isinstance(value, int) else f"{value:.9g}" for key, value in row.items()})
+    return out.getvalue()
 
 
 def _words(row: dict[str, float], stage: str) -> str:

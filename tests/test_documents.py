@@ -20,7 +20,7 @@ from tests.objects.toy import make_objects
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),  # r2kit chooses the number of processes
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),  # Lightning 2.6 against the newest torch
-    # What fastai 2.8 does at import; see tests/test_fastai.py.
+    # What fastai 2.8 does at import; see tests/fastai/marks.py.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated"),
 ]

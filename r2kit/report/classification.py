@@ -214,7 +214,8 @@ def commands_of(run: Run) -> list[str]:
     if given and Path(given[0]).name == "r2kit":
         commands.append(f"{shlex.join(['r2kit', *given[1:]])}   # how it was made")
     again = shlex.quote(f"{run.path}-again")
-    commands.append(f"r2kit finetune {shlex.quote(str(run.recipe_file))} --out {again}   # the same run again")
+    if "fastai" not in run.info:  # whose training no recipe can say
+        commands.append(f"r2kit finetune {shlex.quote(str(run.recipe_file))} --out {again}   # the same run again")
     return [*commands, f"r2kit evaluate {path}", f"r2kit report {path}"]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from r2kit.console import make_console, table
+from r2kit.errors import RunError
 from r2kit.recipe import Recipe
 from r2kit.run import Run, next_free
 from r2kit.train.flow import finetune
@@ -44,10 +45,15 @@ def reproduce(run: str | Path, *, out: str | Path | None = None, quiet: bool = F
         What was compared. The run is reproduced when all findings that decide agree.
 
     Raises:
-        RunError: If the run is not finished, or `out` holds something.
+        RunError: If the run is not finished, was trained with fastai, or `out` holds something.
         DataError: If its data are gone.
     """
     first = Run.open(run)
+    if "fastai" in first.info:
+        raise RunError(
+            f"{first.path}: was trained with fastai, and what fastai did is not in its recipe; do the same again with "
+            "r2kit.fastai"
+        )
     folder = next_free(first.path.parent, f"{first.path.name}-again") if out is None else Path(out)
     second = finetune(_as_decided(first), out=folder, quiet=quiet)
     findings = compare_runs(first, second)

@@ -5,9 +5,7 @@ import pickle
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import pytest
 import timm
@@ -20,38 +18,13 @@ from r2kit.backbones import create_model
 from r2kit.backbones.weights import adapt_first_conv, save_weights
 from r2kit.catalog import CATALOG
 from r2kit.errors import MissingExtraError, ModelError
+from tests.fastai.marks import FASTAI
 
-pytestmark = [
-    # fastai 2.8 scripts four functions at import; torch 2.9 and newer warn of it.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
-    # fastai.tabular sets an option at import that pandas 3 no longer has.
-    pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated"),
-    # What load_learner says of every file.
-    pytest.mark.filterwarnings("ignore:load_learner. uses Python's insecure pickle module"),
-    # Learner.load allows numpy's scalars by the name they had before numpy 2.
-    pytest.mark.filterwarnings("ignore:numpy.core is deprecated"),
-    # torch's tensor subclasses, which matplotlib draws here, answer numpy's __array__ in the manner of numpy 1.
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
-    # show_results draws into a backend without a window.
-    pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive"),
-]
+pytestmark = FASTAI
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # One of each shape of network: deep stem, big and little branches, trees, three stages, pooled scales, split attention.
 KINDS = ["res2netplus50d", "blres2net50", "dla60_res2net", "cifar_res2next29_6c24w4s", "scalenet50_light", "resnest14d"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_windows():
-    matplotlib.use("Agg")
-
-
-@pytest.fixture(scope="module")
-def fa():
-    """What a notebook has after its two star imports."""
-    names: dict = {}
-    exec("from fastai.vision.all import *\nfrom r2kit.fastai import *", names)
-    return SimpleNamespace(**names)
 
 
 @pytest.fixture

@@ -1,14 +1,4 @@
-"""fastai as its users write it, with every network of the family: fastai's own `vision_learner` and `unet_learner`.
-
-::
-
-    from fastai.vision.all import *
-    from r2kit.fastai import res2net50d, res2netplus50
-
-    learn = vision_learner(dls, res2net50d, metrics=accuracy)
-    learn = vision_learner(dls, "res2net50d.in1k", n_in=13)
-    learn = vision_learner(dls, res2netplus50, pretrained="weights.safetensors")
-    learn = unet_learner(dls, res2netplus50, pretrained=False)
+"""The archs of the family, and what fastai asks about them.
 
 An arch is a function, one for each name in `r2kit.catalog`; its weights, bands and options are those of
 `r2kit.create_model`. By function or by name the learner's model is the same:
@@ -29,8 +19,6 @@ that do not exist or cannot be reached, and fail. Any other name reaches fastai'
 
 What timm registers for our names, such as `r2kit.backbones.res2netplus.res2netplus50`, works as an arch too, with
 ``pretrained=False``.
-
-`Learner.export` pickles. Open such a file only if you trust it, and where r2kit is installed.
 """
 
 from __future__ import annotations
@@ -42,7 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import fastai.vision.learner as fastai_learner
 import timm
+from fastai.callback.hook import has_params
+from fastai.layers import in_channels
+from fastai.torch_core import L, params
 from torch import Tensor, nn
 
 from r2kit.backbones import create_model
@@ -50,20 +42,13 @@ from r2kit.backbones.blresnet import BigLittleNet
 from r2kit.backbones.published import weights_info
 from r2kit.backbones.weights import LoadReport
 from r2kit.catalog import CATALOG, CatalogEntry
-from r2kit.errors import require
-
-require("fastai", "fastai", "fastai", "r2kit.fastai")
-
-import fastai.vision.learner as fastai_learner  # noqa: E402  behind the check, which says how to install it
-from fastai.callback.hook import has_params  # noqa: E402
-from fastai.layers import in_channels  # noqa: E402
-from fastai.torch_core import L, params  # noqa: E402
 
 Arch = Callable[..., nn.Module]
 
-_NAMES = tuple(entry.name for entry in CATALOG)
+ARCHS = tuple(entry.name for entry in CATALOG)
+"""Names of the archs, each a function of this module."""
 
-__all__ = ["cut_body", "three_groups", *_NAMES]
+__all__ = ["ARCHS", "cut_body", "three_groups", *ARCHS]
 
 
 # -- the parts that fastai asks `model_meta` for -----------------------------------------------------------------------
@@ -214,7 +199,7 @@ def _create_timm_model(
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a learner's model and timm's configuration of its weights; as there, `cut` is unused."""
-    if arch.partition(".")[0] not in _NAMES:
+    if arch.partition(".")[0] not in ARCHS:
         options["custom_head"] = custom_head
         return _fastai_create_timm_model(arch, n_out, cut, pretrained, n_in, **options)
     head_options = {option: options.pop(option) for option in _HEAD_OPTIONS if option in options}
@@ -225,7 +210,7 @@ def _create_timm_model(
 
 def _register() -> None:
     """Make the archs, and make them known to fastai."""
-    tagged = timm.list_models([f"{name}.*" for name in _NAMES], include_tags=True)
+    tagged = timm.list_models([f"{name}.*" for name in ARCHS], include_tags=True)
     for entry in CATALOG:
         arch = _make_arch(entry)
         globals()[entry.name] = arch
