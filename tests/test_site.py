@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from r2kit.catalog import CATALOG
@@ -16,12 +17,16 @@ from r2kit.recipe_file import all_keys, key_rows, packaged_recipes
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return load("hooks")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,18 @@ def test_every_key_command_network_and_recipe_has_its_place(hooks):
 
 def test_cells_stay_cells(hooks):
     assert hooks._row("a | b <c>", "`x|y <z>`", "two\nlines") == "| a \\| b &lt;c> | `x\\|y <z>` | two lines |"
+
+
+def test_every_picture_is_made_by_the_script_from_a_run(finished_run, tmp_path):
+    pictures = load("pictures")
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for path in texts for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8"))}
+    assert {Path(name).name for name in shown} == set(pictures.PICTURES)
+    assert {path.name for path in (ROOT / "docs" / "images").iterdir()} == set(pictures.PICTURES)
+    for file in pictures.make_pictures(finished_run, tmp_path):
+        with Image.open(file) as image:
+            assert image.text["Comment"].startswith("quick, seed 3, 20")
+            assert min(image.size) > 100
 
 
 def test_headers_of_recipes_say_what_they_must():
