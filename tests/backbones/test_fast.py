@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import r2kit
 from r2kit.backbones._res2 import Res2Block, Res2Net, StemSpec
-from r2kit.backbones.fast import is_fast, native, norm_act, optimize_with_reason, plain, weight_grad, winograd
+from r2kit.backbones.fast import is_fast, native, norm_act, optimize_with_reason, plain, product, weight_grad, winograd
 from r2kit.backbones.fast.convolution import rows
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.optimize import FastConv2d, FastRes2Block
@@ -186,6 +186,24 @@ def test_winograd_kernel(dtype, batch, chans, out_chans, height, width, pad, lay
     exact = torch.nn.functional.conv_transpose2d(x.double(), weight.transpose(0, 1).double(), None, 1, 2 - pad)
     winograd.convolve(x, weight.transpose(0, 1), size, (pad, pad), finish(rows(back)), turned=True)
     assert (back - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("batch", "chans", "out_chans", "height", "width", "stride"),
+    [(2, 26, 26, 9, 7, (1, 1)), (1, 3, 5, 1, 1, (1, 1)), (3, 19, 40, 5, 4, (2, 2)), (8, 7, 50, 13, 11, (2, 1))],
+)
+def test_product_kernel(dtype, batch, chans, out_chans, height, width, stride):
+    x = torch.randn(batch, chans + 9, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = x[:, 4 : 4 + chans]
+    weight = torch.randn(out_chans, chans, 1, 1, dtype=dtype)
+    exact = torch.conv2d(x.double(), weight.double(), None, stride)
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    for turned in (False, True):
+        out = torch.full_like(exact, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        given = weight.transpose(0, 1).contiguous() if turned else weight
+        product.convolve(x, given, tuple(exact.shape[2:]), stride, finish(rows(out)), turned=turned)
+        assert (out - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 @pytest.mark.parametrize("act", list(norm_act.ACTS))

@@ -1,8 +1,9 @@
 """A convolution on channels-last memory, forward and each gradient, by whatever computes it soonest.
 
-A 1x1 convolution is a product of matrices over the rows of channels-last memory; a strided one reads its rows first. A
-3x3 convolution with stride 1 goes forward, and back to its input, through Winograd's filtering. The others go through
-torch's own operator; the gradient of the weights has a kernel.
+A 1x1 convolution is a product of matrices over the rows of channels-last memory, by a kernel where it has few
+channels; above, a strided one copies its rows first. A 3x3 convolution with stride 1 goes forward, and back to its
+input, through Winograd's filtering. The others go through torch's own operator; the gradient of the weights has a
+kernel.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import winograd
-from r2kit.backbones.fast.tile import finish
+from r2kit.backbones.fast import norm_act, product, winograd
+from r2kit.backbones.fast.norm_act import Norm
+from r2kit.backbones.fast.tile import FinishArgs, finish
 from r2kit.backbones.fast.weight_grad import NARROWEST, weight_grad
 
 
@@ -74,18 +76,59 @@ class Conv:
             weight: As torch's.
             bias: As torch's.
         """
+        size = self.out_size(x.shape[2], x.shape[3])
+        if self._has_kernel(x, size):
+            out = room(x, len(weight), size)
+            self._convolve(x, weight, size, finish(rows(out), bias))
+            return out
         if self.is_product:
             x = self._met(x)
             matrix = weight.flatten(1).t()
             out = rows(x) @ matrix if bias is None else torch.addmm(bias, rows(x), matrix)
             return images(out, x.shape[0], x.shape[2], x.shape[3])
-        size = self.out_size(x.shape[2], x.shape[3])
-        if self.is_filter(x.shape[1], size):
-            out = room(x, len(weight), size)
-            winograd.convolve(x, weight, size, self.pad, finish(rows(out), bias))
-            return out
         out = torch.conv2d(x, weight, bias, self.stride, self.pad, self.dilation, self.groups)
         return out.contiguous(memory_format=torch.channels_last)
+
+    def finished(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Norm,
+        *,
+        y: Tensor | None = None,
+        res: Tensor | None = None,
+        add: Tensor | None = None,
+        y2: Tensor | None = None,
+    ) -> Tensor | None:
+        """Write the output with a norm of fixed statistics and its activation behind it.
+
+        Args:
+            x: As in `forward`.
+            weight: As in `forward`.
+            bias: As in `forward`.
+            norm: What stands behind the convolution.
+            y: (R, K) rows for the output; None, without `y2`, makes room for it.
+            res: See `norm_act.forward`.
+            add: See `norm_act.forward`.
+            y2: See `norm_act.forward`.
+
+        Returns:
+            The room made, (B, K, OH, OW), channels-last; else None.
+        """
+        size = self.out_size(x.shape[2], x.shape[3])
+        made = None
+        if self._has_kernel(x, size):
+            if y is None and y2 is None:
+                made = room(x, len(weight), size)
+                y = rows(made)
+            self._convolve(x, weight, size, finish(y, bias, norm, res=res, add=add, y2=y2))
+            return made
+        sums = self.forward(x, weight, bias)
+        if y is None and y2 is None:
+            made, y = sums, rows(sums)
+        norm_act.forward(rows(sums), norm, None, y, res=res, add=add, y2=y2)
+        return made
 
     def input_grad(self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
         """Return the gradient of `x`, channels-last.
@@ -102,6 +145,11 @@ class Conv:
                 if into is not None:
                     rows(into).addmm_(rows(dy), matrix)
                     return into
+                if dy.shape[1] <= product.WIDEST:
+                    size = (x.shape[2], x.shape[3])
+                    grad = room(x, x.shape[1], size)
+                    product.convolve(dy, weight, size, (1, 1), finish(rows(grad)), turned=True)
+                    return grad
                 return images(rows(dy) @ matrix, x.shape[0], x.shape[2], x.shape[3])
             grad = torch.zeros_like(x, memory_format=torch.channels_last) if into is None else into
             self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
@@ -124,6 +172,17 @@ class Conv:
         else:
             grad = self._torch_grad(dy, x, weight, 1)
         return grad.contiguous() if weight.is_contiguous() else grad
+
+    def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
+        """Whether a kernel goes forward."""
+        return (self.is_product and x.shape[1] <= product.WIDEST) or self.is_filter(x.shape[1], out_size)
+
+    def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:
+        """Go forward by the kernel."""
+        if self.is_product:
+            product.convolve(x, weight, out_size, self.stride, end)
+        else:
+            winograd.convolve(x, weight, out_size, self.pad, end)
 
     def _torch_grad(self, dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         """Return the gradient of the input (0) or the weight (1) by torch's own operator."""

@@ -72,6 +72,10 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 class _ConvNormFunction(Function):
     @staticmethod
     def forward(ctx: Any, part: ConvNorm, keep: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        if not keep and part.norm is not None and not part.norm.batch:
+            finished = part.conv.finished(x, part.weight, part.bias, part.norm)
+            assert finished is not None
+            return finished
         conv_out = part.conv.forward(x, part.weight, part.bias)
         if part.norm is None:
             out, stats = conv_out, None
@@ -146,6 +150,8 @@ class _UnitFunction(Function):
     def forward(
         ctx: Any, spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
+        if not keep and not any(part.norm is not None and part.norm.batch for part in spec.parts):
+            return _finished_unit(spec, x, shortcut)
         first, last = spec.first, spec.last
         assert first.norm is not None
         assert last.norm is not None
@@ -277,6 +283,39 @@ class _UnitFunction(Function):
         grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
         dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
         return (None, None, dx, dres if need_shortcut and not own else None, *grads_first, *grads_inner, *grads_last)
+
+
+def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Return a unit's output where every statistic is fixed and nothing is kept: each map is written once."""
+
+    def finished(part: ConvNorm, x: Tensor, **where: Tensor | None) -> Tensor | None:
+        assert part.norm is not None
+        return part.conv.finished(x, part.weight, part.bias, part.norm, **where)
+
+    h = finished(spec.first, x)
+    assert h is not None
+    width = h.shape[1] // (len(spec.inner) + spec.passes_last)
+    used = width * len(spec.inner)
+    size = spec.inner[0].conv.out_size(h.shape[2], h.shape[3])
+    cat = room(h, h.shape[1], size)
+    z = h[:, :width]
+    for i, part in enumerate(spec.inner):
+        out = rows(cat)[:, i * width : (i + 1) * width]
+        following = h[:, (i + 1) * width : (i + 2) * width]
+        if spec.chained and i + 1 < len(spec.inner):
+            published = spec.published_sum and i == 0
+            chained = cat[:, :width] if published else room(h, width, size)
+            finished(part, z, y=None if published else out, add=rows(following), y2=rows(chained))
+            z = chained
+        else:
+            finished(part, z, y=out)
+            z = following
+    if spec.passes_last:
+        tail = h[:, used:]
+        cat[:, used:].copy_(tail if spec.pool is None else torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
+    found = finished(spec.last, cat, res=rows(x if shortcut is None else shortcut))
+    assert found is not None
+    return found
 
 
 def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from r2kit.backbones._res2 import Res2Block
-from r2kit.backbones.fast import functions, native, norm_act, weight_grad, winograd
+from r2kit.backbones.fast import functions, native, norm_act, product, weight_grad, winograd
 from r2kit.backbones.fast.convolution import Conv
 from r2kit.backbones.fast.functions import ConvNorm, UnitSpec
 from r2kit.backbones.fast.norm_act import Norm
@@ -50,7 +50,7 @@ def optimize_with_reason(model: nn.Module) -> str:
     if any(p.is_cuda or p.device.type == "mps" for p in model.parameters()):
         return "off: the kernels are for the CPU, and the network is on another device"
     try:
-        for source in (norm_act.SOURCE, weight_grad.SOURCE, winograd.SOURCE):
+        for source in (norm_act.SOURCE, weight_grad.SOURCE, winograd.SOURCE, product.SOURCE):
             native.load(source)
     except native.NativeUnavailableError as error:
         return f"off: {error}"

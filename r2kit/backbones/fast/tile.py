@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from r2kit.backbones.fast import lanes
@@ -97,37 +96,61 @@ template <class T> static inline void fetch(const T* w, int64_t w_k, int64_t w_n
 
 struct Finish {
   int64_t act, order;                // order: 0 sums as they are, 1 activation first, 2 activation last
-  double beta;
-  const void *bias, *scale, *shift;  // (chans) or null
+  double beta, eps;
+  const void *offset;                // (chans), bias of the convolution, or null
+  const void *mean, *var;            // (chans)
+  const void *weight, *bias;         // (chans) or null
   const void *res; int64_t ldres;
   const void *add; int64_t ldadd;
   void *y; int64_t ldy;              // or null, if there is y2
   void *y2; int64_t ldy2;            // or null
 };
-template <class T, int A, int ORDER> static void finish_row(const Finish& f, const T* sum, int64_t row, int64_t from,
-                                                            int64_t count) {
-  const T beta = T(f.beta);
-  const int64_t n = std::min(width<T>, count), last = count - n;  // the last vector reaches back
-  for (int64_t at = 0; at < count; at += width<T>) {
-    const int64_t i = std::min(at, last), c = from + i;
-    Vec<T> v = load(sum + i, n);
-    if (f.bias) v += load((const T*)f.bias + c, n);
-    if (ORDER == 1) v = act<A, T>(v, beta) * load((const T*)f.scale + c, n) + load((const T*)f.shift + c, n);
-    if (ORDER == 2) {
-      v = v * load((const T*)f.scale + c, n) + load((const T*)f.shift + c, n);
-      if (f.res) v += load((const T*)f.res + row * f.ldres + c, n);
-      v = act<A, T>(v, beta);
+template <class T> struct Ready {
+  const Finish& f;
+  std::vector<T> offset, scale, shift;
+  void (Ready::*row)(const T*, int64_t, int64_t, int64_t) const;
+
+  Ready(const Finish& finish, int64_t chans) : f(finish), offset(chans), scale(chans), shift(chans) {
+    for (int64_t c = 0; c < chans; c++) {
+      if (f.offset) offset[c] = ((const T*)f.offset)[c];
+      if (f.order == 0) continue;
+      double m = ((const T*)f.mean)[c], v = ((const T*)f.var)[c];
+      double r = (f.weight ? ((const T*)f.weight)[c] : 1.0) / std::sqrt(v + f.eps);
+      scale[c] = T(r);
+      shift[c] = T((f.bias ? ((const T*)f.bias)[c] : 0.0) - m * r);
     }
-    if (f.y) store((T*)f.y + row * f.ldy + c, v, n);
-    if (f.y2) store((T*)f.y2 + row * f.ldy2 + c, v + load((const T*)f.add + row * f.ldadd + c, n), n);
+    row = f.order == 0 ? &Ready::go<IDENTITY, 0>
+          : f.act == MISH ? (f.order == 1 ? &Ready::go<MISH, 1> : &Ready::go<MISH, 2>)
+          : f.act == RELU ? (f.order == 1 ? &Ready::go<RELU, 1> : &Ready::go<RELU, 2>)
+          : &Ready::go<IDENTITY, 1>;
+    if (f.order == 2 && f.act == IDENTITY) row = &Ready::go<IDENTITY, 2>;
   }
-}
-template <class T> using FinishRow = void (*)(const Finish&, const T*, int64_t, int64_t, int64_t);
-template <class T> static FinishRow<T> finish_of(const Finish& f) {
-  static const FinishRow<T> found[3][2] = {
-    {finish_row<T, IDENTITY, 1>, finish_row<T, IDENTITY, 2>}, {finish_row<T, RELU, 1>, finish_row<T, RELU, 2>},
-    {finish_row<T, MISH, 1>, finish_row<T, MISH, 2>}};
-  return f.order == 0 ? finish_row<T, IDENTITY, 0> : found[f.act][f.order - 1];
+  // Channels from .. from + count of one row.
+  void write(const T* sum, int64_t at, int64_t from, int64_t count) const { (this->*row)(sum, at, from, count); }
+
+  template <int A, int ORDER> void go(const T* sum, int64_t at, int64_t from, int64_t count) const {
+    const T beta = T(f.beta);
+    const int64_t n = std::min(width<T>, count), last = count - n;  // the last vector reaches back
+    for (int64_t j = 0; j < count; j += width<T>) {
+      const int64_t i = std::min(j, last), c = from + i;
+      Vec<T> v = load(sum + i, n) + load(&offset[c], n);
+      if (ORDER == 1) v = act<A, T>(v, beta) * load(&scale[c], n) + load(&shift[c], n);
+      if (ORDER == 2) {
+        v = v * load(&scale[c], n) + load(&shift[c], n);
+        if (f.res) v += load((const T*)f.res + at * f.ldres + c, n);
+        v = act<A, T>(v, beta);
+      }
+      if (f.y) store((T*)f.y + at * f.ldy + c, v, n);
+      if (f.y2) store((T*)f.y2 + at * f.ldy2 + c, v + load((const T*)f.add + at * f.ldadd + c, n), n);
+    }
+  }
+};
+
+// Room for `count` values, kept by each thread from call to call: new pages cost more than what is computed in them.
+template <class T, int WHICH> static T* kept(int64_t count) {
+  thread_local std::vector<T> room;
+  if (int64_t(room.size()) < count) room.resize(count);
+  return room.data();
 }
 """
 )
@@ -136,13 +159,12 @@ template <class T> static FinishRow<T> finish_of(const Finish& f) {
 class FinishArgs(ctypes.Structure):
     """The struct `Finish` of the source."""
 
-    keep: tuple[Tensor | None, ...]  # what it points at and nobody else may hold
-
     _fields_ = (
         ("act", ctypes.c_int64),
         ("order", ctypes.c_int64),
         ("beta", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("bias", "scale", "shift")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("offset", "mean", "var", "weight", "bias")),
         *(
             field
             for name in ("res", "add", "y", "y2")
@@ -171,21 +193,12 @@ def finish(
         y2: (R, C), ``y + add`` is written.
     """
     args = FinishArgs(beta=1.0)
-    args.keep = (bias,)
-    args.bias = None if bias is None else bias.data_ptr()
+    named = [("offset", bias)]
     if norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.running_mean * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias
-        scale, shift = (t.detach().to(norm.running_mean.dtype) for t in (scale, shift))
-        args.act, args.order, args.beta = ACTS[norm.act], 1 if norm.act_first else 2, norm.beta
-        args.scale, args.shift = scale.data_ptr(), shift.data_ptr()
-        args.keep = (bias, scale, shift)
+        args.act, args.order, args.beta, args.eps = ACTS[norm.act], 1 if norm.act_first else 2, norm.beta, norm.eps
+        named += [("mean", norm.running_mean), ("var", norm.running_var), ("weight", norm.weight), ("bias", norm.bias)]
+    for name, tensor in named:
+        setattr(args, name, None if tensor is None else tensor.data_ptr())
     for name, tensor in (("res", res), ("add", add), ("y", y), ("y2", y2)):
         if tensor is not None:
             setattr(args, name, tensor.data_ptr())

@@ -115,18 +115,11 @@ template <class T> static void transform_output(const T* m, int64_t step, int64_
   }
 }
 
-// Room for `count` values, kept by each thread from call to call: new pages cost more than what is computed in them.
-template <class T, int WHICH> static T* kept(int64_t count) {
-  thread_local std::vector<T> room;
-  if (int64_t(room.size()) < count) room.resize(count);
-  return room.data();
-}
-
 template <class T> static void run(const Args& a) {
   const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, wide = panels * W;
   const int64_t tall = (a.out_height + 1) / 2, across = (a.out_width + 1) / 2, squares = a.batch * tall * across;
   const int64_t fits = ROOM / (16 * (a.chans + wide)) / MR * MR, block = std::max<int64_t>(2 * MR, fits);
-  const FinishRow<T> finish_one = finish_of<T>(a.finish);
+  const Ready<T> ready(a.finish, a.out_chans);
   std::vector<T> zeros(a.chans, T(0));
   T* u = kept<T, 0>(16 * panels * a.chans * W);
 #pragma omp parallel num_threads(a.threads)
@@ -163,8 +156,7 @@ template <class T> static void run(const Args& a) {
         transform_output<T>(m + s * wide, block * wide, wide, out);
         for (int64_t i = 0; i < 4; i++)
           if (h + i / 2 < a.out_height && w + i % 2 < a.out_width)
-            finish_one(a.finish, out + i * wide,
-                       (image * a.out_height + h + i / 2) * a.out_width + w + i % 2, 0, a.out_chans);
+            ready.write(out + i * wide, (image * a.out_height + h + i / 2) * a.out_width + w + i % 2, 0, a.out_chans);
       }
     }
   }
