@@ -1,9 +1,9 @@
 """Kernel: a 1x1 convolution with few input channels, over channels-last rows, with what stands behind it.
 
-The product of the rows (pixels) with the weights, tile by tile: a panel of columns is packed on the way and stays in
-the first cache while a block of rows passes, and the sums go from the registers through `Finish` to where they belong.
-A stride only says which rows are read. Up to `WIDEST` input channels, where a panel fits the first cache and a
-library's own packing costs more than it gives; above, torch's matrix product is faster.
+The product of the rows (pixels) with the weights, tile by tile: the weights are packed into panels, a panel stays in
+the first cache while a block of rows passes, and the sums of the block go, one whole row after the other, through
+`Finish` to where they belong. A stride only says which rows are read. Up to `WIDEST` input channels, where a panel fits
+the first cache and a library's packing of both sides costs more than it gives; above, torch's matrix product is faster.
 
 The gradient of the input is the same product with rows and columns of the weights exchanged.
 
@@ -32,14 +32,14 @@ struct Args {
   const void *x, *w;
   Finish finish;
 };
-constexpr int64_t ROWS = 40 * MR;  // of a block: what a panel is packed for
+constexpr int64_t SUMS = 8 * 1024;  // values that the sums of a block of rows may take
 
 template <class T> static void run(const Args& a) {
   const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, pixels = a.out_height * a.out_width;
   const int64_t total = a.batch * pixels;
   const Ready<T> ready(a.finish, a.out_chans);
   // Threads share the rows, or the columns where there are few rows.
-  const bool by_rows = total >= 4 * ROWS;
+  const bool by_rows = total >= 1024;
 #pragma omp parallel num_threads(a.threads)
   {
     const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
@@ -47,28 +47,29 @@ template <class T> static void run(const Args& a) {
     const int64_t from = by_rows ? groups * t / n * MR : 0;
     const int64_t to = by_rows ? std::min(total, groups * (t + 1) / n * MR) : total;
     const int64_t first = by_rows ? 0 : panels * t / n, last = by_rows ? panels : panels * (t + 1) / n;
-    T *b = kept<T, 0>((a.chans + 3) * W), sums[MR * W];
-    const T* at[ROWS];
-    for (int64_t r0 = from; r0 < to; r0 += ROWS) {
-      const int64_t count = std::min(ROWS, to - r0);
+    const int64_t wide = (last - first) * W, chans = std::min(a.out_chans - first * W, wide), step = a.chans * W;
+    const int64_t block = std::min<int64_t>(8 * MR, std::max(MR, SUMS / std::max(wide, W) / MR * MR));
+    T *b = kept<T, 0>((last - first) * step + 4 * W), *sums = kept<T, 1>(block * wide);
+    for (int64_t k = 0; k < wide; k += 4)
+      for (int64_t c = 0; c < a.chans; c += 4) {
+        typename Four<T>::V four[4];
+        const T* w = (const T*)a.w + c * a.w_c + (first * W + k) * a.w_k;
+        fetch<T>(w, a.w_c, a.w_k, a.chans - c, chans - k, four);
+        for (int64_t i = 0; i < 4 && c + i < a.chans; i++)
+          memcpy(b + k / W * step + (c + i) * W + k % W, &four[i], sizeof(four[i]));
+      }
+    for (int64_t r0 = from; r0 < to && wide; r0 += block) {
+      const int64_t count = std::min(block, to - r0), start = 0;
+      const T* at[8 * MR];
       for (int64_t i = 0; i < count; i++) {
         const int64_t r = r0 + i, image = r / pixels, h = r % pixels / a.out_width, w = r % a.out_width;
         at[i] = (const T*)a.x + ((image * a.height + h * a.stride_h) * a.width + w * a.stride_w) * a.ldx;
       }
-      for (int64_t p = first; p < last; p++) {
-        const int64_t wide = std::min(W, a.out_chans - p * W);
-        for (int64_t c = 0; c < a.chans; c += 4)
-          for (int64_t k = 0; k < W; k += 4) {
-            typename Four<T>::V four[4];
-            fetch<T>((const T*)a.w + c * a.w_c + (p * W + k) * a.w_k, a.w_c, a.w_k, a.chans - c, wide - k, four);
-            for (int i = 0; i < 4; i++) memcpy(b + (c + i) * W + k, &four[i], sizeof(four[i]));
-          }
-        for (int64_t i = 0; i < count; i += MR) {
-          const int64_t rows = std::min(MR, count - i), start = 0;
-          tile_of<T>(rows)(at + i, &start, 1, a.chans, b, sums, W, true);
-          for (int64_t j = 0; j < rows; j++) ready.write(sums + j * W, r0 + i + j, p * W, wide);
-        }
-      }
+      for (int64_t p = 0; p < last - first; p++)
+        for (int64_t i = 0; i < count; i += MR)
+          tile_of<T>(std::min(MR, count - i))(at + i, &start, 1, a.chans, b + p * step, sums + i * wide + p * W, wide,
+                                              true);
+      for (int64_t i = 0; i < count; i++) ready.write(sums + i * wide, r0 + i, first * W, chans);
     }
   }
 }
