@@ -136,6 +136,7 @@ def test_loggers_get_every_epoch(quick_recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*")  # mlflow's own use of SQLAlchemy
 def test_mlflow_keeps_every_epoch_in_the_run_folder(quick_recipe, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")

@@ -11,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,12 @@ class DecodedImages:
     def __init__(self, expected: int, limit: int, what: Any) -> None:
         self.folder = cache_folder() / "decoded"
         self.active = 0 < expected <= limit
+        self._keep = limit - expected
         self._what = repr((_FORMAT, what))
-        if self.active:
-            _make_room(self.folder, limit - expected)
+
+    def make_room(self) -> None:
+        """Delete what was written longest ago, so that all images of the source fit below the limit."""
+        _make_room(self.folder, self._keep)
 
     def read(self, path: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """Return the decoded image of a file from the cache, else decode and keep it.
@@ -75,6 +81,25 @@ class DecodedImages:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
         return image
+
+
+def trial(paths: Sequence[str], decode: Callable[[str], np.ndarray]) -> tuple[float, float]:
+    """Return the median seconds of decoding one of some files, and of reading it decoded.
+
+    The files have just been read by the check, as decoded ones have been written here: neither comes from the disk.
+    """
+    decoding, reading = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, path in enumerate(paths):
+            begin = time.perf_counter()
+            image = decode(path)
+            decoding.append(time.perf_counter() - begin)
+            place = os.path.join(folder, f"{number}.npy")
+            np.save(place, image, allow_pickle=False)
+            begin = time.perf_counter()
+            np.load(place, allow_pickle=False)
+            reading.append(time.perf_counter() - begin)
+    return statistics.median(decoding), statistics.median(reading)
 
 
 def _make_room(folder: Path, keep: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from r2kit.cache import cache_folder
-from r2kit.data.decoded import DecodedImages
+from r2kit.data.decoded import DecodedImages, trial
 from r2kit.data.perceptual import coefficients
 from r2kit.data.reader import ImageInfo, choose_bands, examine_image, read_image
 from r2kit.data.sources import Target, fingerprint_of
@@ -29,6 +29,9 @@ from r2kit.errors import DataError
 _CHECK = 4  # raise when the reader starts to accept, refuse or describe files in another way
 
 
+AUTO_CACHE_GB = 4.0
+"""Size that `data.cache_gb: auto` stays below."""
+_TRIED, _PAYS = 8, 2.0  # images tried for it, and how many times as long as reading their decoding must take
 SEPARATOR = ";"
 """Stands between the labels of an image with several; nothing at all is an image of none."""
 
@@ -66,6 +69,8 @@ class ImageFiles:
         self.name = name
         self.network: tuple[int, int] | None = None
         """(H, W) to which images will be resized, by which large JPEGs are decoded smaller, see `read_image`."""
+        self.cached = ""
+        """Whether decoded images are kept on disk, and why; empty where nobody asked."""
         self._decoded: DecodedImages | None = None
         several = self.target == "classes"
         held = listed["class"].map(lambda cell: labels_of(cell) if several else (cell,))
@@ -114,18 +119,38 @@ class ImageFiles:
         holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
         self.start_method = raster_start_method() if holds_rasters else None
 
-    def decode_for(self, network: tuple[int, int] | None, cache_bytes: int = 0) -> None:
+    def decode_for(self, network: tuple[int, int] | None, cache_gb: float | Literal["auto"] = 0.0) -> None:
         """Say what the images are for.
 
         Args:
             network: (H, W) to which they will be resized, by which large JPEGs are decoded smaller, see `read_image`.
-            cache_bytes: Largest size of decoded images kept on disk.
+            cache_gb: As in the recipe.
         """
         self.network = network
-        if cache_bytes and self.contents is not None:
-            pixels = int((self.contents["height"] * self.contents["width"]).sum())
-            expected = pixels * len(self.bands) * self._itemsize + 128 * len(self.contents)  # 128: the head of a file
-            self._decoded = DecodedImages(expected, cache_bytes, (self.bands, network))
+        if cache_gb == 0.0 or self.contents is None:
+            return
+        pixels = int((self.contents["height"] * self.contents["width"]).sum())
+        expected = pixels * len(self.bands) * self._itemsize + 128 * len(self.contents)  # 128: the head of a file
+        limit = AUTO_CACHE_GB if cache_gb == "auto" else cache_gb
+        cache = DecodedImages(expected, round(limit * 1e9), (self.bands, network))
+        size = f"{expected / 1e9:.2g} GB"
+        if not cache.active:
+            self.cached = f"off: all images decoded are {size}, the limit is {limit:g} GB"
+        elif cache_gb == "auto":
+            paths = self._paths[:: max(1, len(self._paths) // _TRIED)][:_TRIED]
+            decoding, reading = trial(paths, self._decode)
+            pays = decoding > _PAYS * reading
+            each = f"decoding an image takes {1000 * decoding:.2g} ms, reading a decoded one {1000 * reading:.2g} ms"
+            self.cached = f"{'on, ' + size + ' in ' + str(cache.folder) if pays else 'off'}: {each}"
+            cache.active = pays
+        else:
+            self.cached = f"on, {size} in {cache.folder}"
+        if cache.active:
+            cache.make_room()
+            self._decoded = cache
+
+    def _decode(self, path: str) -> np.ndarray:
+        return read_image(path, bands=self.bands, network=self.network)
 
     def read(self, row: int) -> np.ndarray:
         """Return image `row` as (H, W, C).
@@ -134,11 +159,9 @@ class ImageFiles:
             DataError: If the file has gone or changed since it was checked.
         """
         path = self._paths[row]
-
-        def decode() -> np.ndarray:
-            return read_image(path, bands=self.bands, network=self.network)
-
-        return decode() if self._decoded is None else self._decoded.read(path, decode)
+        if self._decoded is None:
+            return self._decode(path)
+        return self._decoded.read(path, lambda: self._decode(path))
 
 
 def labels_of(cell: str) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def open_masks(spec: DataSpec) -> DenseSource:
         name, folder, listed = str(root), root.parent, list_table(root, spec.allow_outside, "mask")
     else:
         name, folder, listed = str(root), root, _list_pairs(root).assign(group=None, lon=np.nan, lat=np.nan)
-    return MaskedImages(
+    images = MaskedImages(
         name,
         folder,
         listed,
@@ -59,6 +59,8 @@ def open_masks(spec: DataSpec) -> DenseSource:
         on_bad_file=spec.on_bad_file,
         workers=loader_workers(spec.workers),
     )
+    images.decode_for(None, spec.cache_gb)  # pixels lie where those of the mask do: never decoded smaller
+    return images
 
 
 @dataclass(frozen=True)

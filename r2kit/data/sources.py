@@ -110,7 +110,9 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
     if spec.resolved_source == "torchvision":
         from r2kit.data.public import open_public
 
-        return open_public(spec, loader_workers(spec.workers))
+        public = open_public(spec, loader_workers(spec.workers))
+        public.decode_for(spec.network, spec.cache_gb)
+        return public
     if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
         raise ValueError(f"data.root is needed for source '{spec.resolved_source}'")
     root, workers = Path(spec.root), loader_workers(spec.workers)
@@ -129,7 +131,7 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         from r2kit.data.folder import ImageFolder
 
         files = ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
-    files.decode_for(spec.network, cache_bytes=round(spec.cache_gb * 1e9))
+    files.decode_for(spec.network, spec.cache_gb)
     return files
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from r2kit.console import duration, table
 from r2kit.data.boxes.source import BoxedImages
+from r2kit.data.files import ImageFiles
 from r2kit.data.resize import scaled_size
 from r2kit.data.splits import PARTS
 from r2kit.evaluate import summary_lines
@@ -24,6 +25,8 @@ def print_start(console: Console, job: Job) -> None:
     console.print("  ".join(f"{name} {versions[name]}" for name in ("r2kit", "torch", "lightning", "timm")))
     console.print(f"device: {job.device_name}, precision {job.precision}, seed {recipe.seed}")
     console.print(f"data: {data.source.name}, split: {data.split.described}")
+    if isinstance(data.source, ImageFiles) and data.source.cached:
+        console.print(f"decoded images on disk: {data.source.cached}")
     for warning in data.split.warnings:
         console.print(f"  note: {warning}")
     for path, reason in data.skipped[:5]:

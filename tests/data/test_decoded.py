@@ -1,6 +1,7 @@
 """Decoded images on disk: the same pixels, never out of date, bounded, shared by processes."""
 
 import os
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r2kit.data.decoded import DecodedImages
+from r2kit.data.decoded import DecodedImages, trial
 from r2kit.data.reader import read_image
 from r2kit.data.sources import open_source
 from r2kit.errors import DataError
@@ -118,3 +119,39 @@ def test_processes_share_it(tmp_path: Path, folder: Path) -> None:
     assert {value for one in sums for value in one} == {int(pixels.sum())}
     assert [entry.name for entry in folder.rglob("*") if entry.is_file() and entry.suffix != ".npy"] == []
     assert os.listdir(folder)
+
+
+@pytest.mark.parametrize(("decoding", "said"), [(0.010, "on, 1.3e-05 GB in "), (0.003, "off: ")])
+def test_auto_caches_where_decoding_takes_twice_as_long(
+    make_folder: MakeFolder, folder: Path, monkeypatch: pytest.MonkeyPatch, decoding: float, said: str
+) -> None:
+    monkeypatch.setattr("r2kit.data.files.trial", lambda paths, decode: (decoding, 0.002))
+    root = make_folder({"a": 4, "b": 4})
+    source = open_source(DataSpec(root=str(root), image_size=16, cache_gb="auto"))
+    assert source.cached.startswith(said)
+    assert f"decoding an image takes {1000 * decoding:.2g} ms, reading a decoded one 2 ms" in source.cached
+    source.read(0)
+    assert folder.exists() == (decoding > 0.004)
+
+
+def test_a_trial_measures_both(make_folder: MakeFolder) -> None:
+    path = next(make_folder({"a": 4, "b": 4}).rglob("*.png"))
+
+    def slow(name: str) -> np.ndarray:
+        time.sleep(0.05)
+        return read_image(name)
+
+    decoding, reading = trial([str(path)] * 3, slow)
+    assert decoding > 0.05 > reading > 0
+
+
+def test_images_with_masks_are_cached_too(mask_folder: Path, folder: Path) -> None:
+    source = open_source(DataSpec(root=str(mask_folder), cache_gb=0.1), "mask")
+    first = source.read(0)
+    assert len(list(folder.glob("*/*.npy"))) == 1
+    np.testing.assert_array_equal(source.read(0), first)
+
+
+def test_a_source_that_decodes_no_files_refuses_a_cache() -> None:
+    with pytest.raises(ValueError, match="cache_gb: source 'bluemarble' decodes no whole files"):
+        DataSpec(cache_gb="auto")

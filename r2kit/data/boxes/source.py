@@ -43,7 +43,7 @@ def open_boxes(spec: DataSpec, *, outlines: bool) -> BoxedImages:
     root = Path(spec.root)
     kind = _format(root) if spec.boxes.format == "auto" else spec.boxes.format
     listing = _READERS[kind](root, spec.boxes.classes)
-    return BoxedImages(
+    images = BoxedImages(
         listing,
         outlines=outlines,
         bands=spec.bands,
@@ -51,6 +51,8 @@ def open_boxes(spec: DataSpec, *, outlines: bool) -> BoxedImages:
         on_bad_file=spec.on_bad_file,
         workers=loader_workers(spec.workers),
     )
+    images.decode_for(None, spec.cache_gb)  # boxes are in pixels of the whole image: never decoded smaller
+    return images
 
 
 def _format(root: Path) -> Literal["coco", "yolo", "voc"]:
