@@ -214,6 +214,24 @@ def with_clock(monkeypatch, seconds_per_batch):
     return clock
 
 
+def test_training_is_deterministic_and_spares_what_a_cpu_does_not_need(train, monkeypatch):
+    seen, seeds = [], []
+    step, seed = ClassificationTask.training_step, torch.manual_seed
+
+    def look(self, batch, batch_idx):
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.are_deterministic_algorithms_enabled(), filling, torch.initial_seed()))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", look)
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(len(seen)) or seed(number))
+    train("run", "train.epochs=1")
+    assert {found[:2] for found in seen} == {(True, False)}
+    assert len({found[2] for found in seen}) == len(seen) == 3  # each step has a seed of its own
+    assert not [place for place in seeds if 0 < place < 3]  # which writes down the stack for a GPU
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_the_schedule_fits_the_time(train, monkeypatch, capsys):
     with_clock(monkeypatch, 1.0)
     run = train("run", "train.epochs=1000", "train.time_limit=10s", "train.warmup_epochs=0", quiet=False)
