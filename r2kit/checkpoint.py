@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import struct
 from collections.abc import Iterable
@@ -82,7 +83,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, on the CPU.
 
     Raises:
-        RunError: If the file is missing, half-written or damaged.
+        RunError: If the file is missing, half-written or damaged, or holds code.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; start again with r2kit finetune ... --overwrite")
@@ -90,7 +91,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path}: damaged: it does not match its checksum; start again with r2kit finetune ... --overwrite"
         )
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"{path}: holds something else than tensors and plain values, and opening that could run code; start again "
+            "with r2kit finetune ... --overwrite"
+        ) from error
     return content
 
 

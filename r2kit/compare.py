@@ -335,7 +335,7 @@ def _cost(runs: list[Run], rate: float | None) -> Cost:
 
 def _swing(run: Run) -> float | None:
     """Mean absolute change of the validation accuracy between epochs."""
-    history = pd.read_csv(run.metrics_csv)["val_acc"]
+    history = run.read_table(run.metrics_csv)["val_acc"]
     return float(history.diff().abs().mean()) if len(history) > 1 else None
 
 

@@ -191,11 +191,20 @@ def overlay(image: NDArray[np.uint8], heat: NDArray[Any], strength: float = 0.55
     return np.rint(image * (1.0 - strength) + 255.0 * strength * colours).clip(0, 255).astype(np.uint8)
 
 
-def mosaic(tiles: Sequence[Tile], *, title: str = "", columns: int = 6, theme: Theme = LIGHT) -> Figure:
-    """Return pictures in rows, each with its caption; right and wrong ones framed in different colours and marked."""
+def mosaic(
+    tiles: Sequence[Tile], *, title: str = "", columns: int = 6, cell: float = 1.5, theme: Theme = LIGHT
+) -> Figure:
+    """Return pictures in rows, each with its caption; right and wrong ones framed in different colours and marked.
+
+    Args:
+        tiles: The pictures.
+        title: Above them.
+        columns: Pictures in a row at most.
+        cell: Side of a picture in inches.
+        theme: Colours.
+    """
     columns = max(1, min(columns, len(tiles)))
     rows = max(1, -(-len(tiles) // columns))
-    cell = 1.5  # inches
     figure = _figure(theme, rows * (cell + 0.36) + (0.45 if title else 0.1), width=max(3, columns) * cell)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
@@ -205,7 +214,7 @@ def mosaic(tiles: Sequence[Tile], *, title: str = "", columns: int = 6, theme: T
         tile = tiles[place]
         axes.imshow(tile.image, interpolation="nearest" if max(tile.image.shape[:2]) < 100 else "antialiased")
         mark, colour = _mark(tile.right, theme)
-        lines = textwrap.wrap(mark + tile.caption, 24, max_lines=2, placeholder="…")
+        lines = textwrap.wrap(mark + tile.caption, int(16 * cell), max_lines=2, placeholder="…")
         axes.set_title(_plain("\n".join(lines), keep="\n"), fontsize=7.5, color=colour, pad=3)
         if tile.right is not None:
             axes.set_axis_on()
@@ -282,21 +291,23 @@ def labels_figure(rows: Sequence[dict[str, Any]], *, theme: Theme = LIGHT) -> Fi
 
 
 def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, theme: Theme = LIGHT) -> Figure:
-    """Return loss and accuracy by epoch, training and validation.
+    """Return loss and, where the task has one, accuracy by epoch, training and validation.
 
     Args:
         history: The rows of metrics.csv: ``epoch`` from 0, and any of ``train_loss``, ``val_loss``, ``train_acc``
-            (or ``train_acc_dominant`` where images are mixed), ``val_acc``, ``val_map``.
+            (or ``train_acc_dominant`` where images are mixed), ``val_acc``, ``val_map``, ``val_max_f``.
         best_epoch: Epoch, from 0, whose weights were kept.
         theme: Colours.
     """
-    figure = _figure(theme, 4.4)
-    loss, share = figure.subplots(2, 1, sharex=True)
+    shares = {"acc": "accuracy", "map": "mean average precision", "max_f": "largest F-measure"}
+    second = next((name for name in shares if f"val_{name}" in history), None)
+    figure = _figure(theme, 4.4 if second else 2.4)
+    parts = figure.subplots(2 if second else 1, 1, sharex=True, squeeze=False)[:, 0]
+    loss = parts[0]
     epoch = history["epoch"].to_numpy() + 1
     marker = "o" if len(history) < 25 else ""
-    shares = {"acc": "accuracy", "map": "mean average precision"}
-    second = next((name for name in shares if f"val_{name}" in history), "acc")
-    for axes, what, words in ((loss, "loss", "loss (nats)"), (share, second, shares[second])):
+    drawn = [("loss", "loss (nats)"), *([(second, shares[second])] if second else [])]
+    for axes, (what, words) in zip(parts, drawn, strict=True):
         _axes(axes, theme, grid="y")
         for stage, colour, style in (("train", theme.second, "--"), ("val", theme.main, "-")):
             for column, more in ((f"{stage}_{what}", ""), (f"{stage}_{what}_dominant", "; dominant label")):
@@ -318,12 +329,14 @@ def learning_curves(history: pd.DataFrame, *, best_epoch: int | None = None, the
             color=theme.good,
             fontsize=8,
         )
-    share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    share.set_xlabel("epoch", color=theme.muted)
-    share.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    if second:
+        parts[-1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))  # as many decimals as it takes
+        parts[-1].set_ylim(top=min(parts[-1].get_ylim()[1], 1.005))
+    parts[-1].set_xlabel("epoch", color=theme.muted)
+    parts[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     _legend(loss, theme)
     if "train_acc_dominant" in history:
-        _legend(share, theme)
+        _legend(parts[-1], theme)
     return figure
 
 

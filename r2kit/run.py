@@ -22,6 +22,7 @@ from r2kit.recipe import Recipe
 from r2kit.recipe_file import load_recipe, to_yaml
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
     from r2kit.data.datamodule import DataModule
@@ -120,6 +121,11 @@ class Run:
         """The self-contained page."""
         return self.path / "report.html"
 
+    @property
+    def card(self) -> Path:
+        """What the network is for, what it was measured to do, and its limits."""
+        return self.path / "model_card.md"
+
     def predictions(self, split: str) -> Path:
         """Stored predictions of one split (``val`` or ``test``)."""
         return self.path / f"predictions_{split}.parquet"
@@ -181,12 +187,26 @@ class Run:
             raise RunError(f"{path}: no such run folder{_near_run(run.path)}")
         if not run.exists():
             raise RunError(f"{path}: not a run folder: it has no {run.recipe_file.name}")
+        run.refuse_links_out()
         for needed in (run.weights_file, run.preprocess_file):
             if not needed.is_file():
                 raise RunError(
                     f"{path}: the run is not finished, {needed.name} is missing; go on with r2kit resume {path}"
                 )
         return run
+
+    def refuse_links_out(self) -> None:
+        """Refuse a folder, perhaps a stranger's, in which a file that is written anew is a link to one elsewhere.
+
+        Raises:
+            RunError: If there is such a link. Checkpoints may lie elsewhere.
+        """
+        inside = self.path.resolve()
+        for folder in (self.path, self.plots):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                out = entry.is_symlink() and not entry.resolve().is_relative_to(inside)
+                if out and entry != self.best_checkpoint.parent:
+                    raise RunError(f"{entry}: is a link out of the run folder; remove it, or put a copy in its place")
 
     def exists(self) -> bool:
         """Whether the folder holds a run, finished or not."""
@@ -235,6 +255,26 @@ class Run:
         """Add facts to run.json."""
         known = self.info if self.info_file.is_file() else {}
         write_atomic(self.info_file, json.dumps({**known, **facts}, indent=2) + "\n")
+
+    def read_table(self, file: Path, columns: list[str] | None = None) -> pd.DataFrame:
+        """Return a table of the run, Parquet or CSV.
+
+        Args:
+            file: One of the run's files.
+            columns: Those to read; None reads all.
+
+        Raises:
+            RunError: If the file is missing, damaged, or lacks a column.
+        """
+        import pandas as pd
+
+        try:
+            if file.suffix == ".csv":
+                return pd.read_csv(file, usecols=columns)
+            return pd.read_parquet(file, columns=columns)
+        except Exception as error:  # the parsers raise several unrelated classes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(f"{file}: cannot be read as a table of a run: {reason}") from None
 
     def model(self) -> nn.Module:
         """Return the trained network on the CPU, in evaluation mode.

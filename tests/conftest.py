@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -87,3 +88,127 @@ def finished_run(quick_recipe, tmp_path_factory):
 def objects_folder(tmp_path_factory) -> Path:
     """20 images of 80 x 112 pixels."""
     return make_objects(tmp_path_factory.mktemp("objects") / "set", 20)
+
+
+@pytest.fixture(scope="session")
+def detection_recipe(objects_folder) -> dict:
+    """A recipe that trains a tiny detector on tiles in seconds."""
+    return {
+        "name": "toy",
+        "data": {"root": str(objects_folder), "image_size": 64, "resize": "tile", "workers": 0},
+        "task": {"kind": "detection", "width": 32, "max_detections": 20},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 1, "batch_size": 4, "lr": 3e-3},
+        "augment": {"mosaic": 0.3, "copy_paste": 0.3},
+    }
+
+
+@pytest.fixture(scope="session")
+def detection_run(detection_recipe, tmp_path_factory):
+    """A finished run of `detection_recipe`; tests read it and do not change it."""
+    import r2kit
+
+    return r2kit.finetune(detection_recipe, out=tmp_path_factory.mktemp("runs") / "toy", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def several_table(tmp_path_factory) -> Path:
+    """60 pictures of 24 px: the left half is green with the label field, the right half yellow with sand."""
+    root, rng, rows = tmp_path_factory.mktemp("several"), np.random.default_rng(0), []
+    for i in range(60):
+        pixels = rng.normal(60, 20, (24, 24, 3))
+        field, sand = i % 2 == 0, i % 3 == 0
+        pixels[:, :12] += np.array([0, 120, 0]) * field
+        pixels[:, 12:] += np.array([140, 120, 0]) * sand
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / f"{i:02d}.png")
+        cell = "; ".join(name for name, here in (("sand", sand), ("field", field)) if here)
+        rows.append({"path": f"{i:02d}.png", "label": cell, "group": f"flight{i // 3}"})
+    pd.DataFrame(rows).to_csv(root / "images.csv", index=False)
+    return root / "images.csv"
+
+
+@pytest.fixture(scope="session")
+def several_run(several_table, tmp_path_factory):
+    """A finished run of images with several labels; tests read it and do not change it."""
+    import r2kit
+
+    recipe = {
+        "seed": 1,
+        "task": {"kind": "multilabel"},
+        "data": {
+            "root": str(several_table),
+            "image_size": 32,
+            "workers": 0,
+            "val_fraction": 0.2,
+            "test_fraction": 0.25,
+        },
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 8, "lr": 5e-3},
+        "augment": {"mixup": 0.3, "cutmix": 0.3},
+    }
+    return r2kit.finetune(recipe, out=tmp_path_factory.mktemp("runs") / "several", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def ponds(tmp_path_factory) -> Path:
+    """Twenty pictures 40 x 56: dark blue ponds with value 9 in the mask on green land with 4, an unknown corner."""
+    root = tmp_path_factory.mktemp("ponds")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    for i in range(20):
+        y, x = np.mgrid[:40, :56]
+        pond = (y - rng.integers(10, 30)) ** 2 + (x - rng.integers(10, 46)) ** 2 < rng.integers(60, 150)
+        image = np.where(pond[..., None], (30, 50, 120), (60, 130, 50)) + rng.normal(0, 20, (40, 56, 3))
+        mask = np.where(pond, 9, 4).astype(np.uint8)
+        mask[:4, :4] = 77
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pond_recipe(ponds) -> dict:
+    """A recipe of a segmentation in tiles."""
+    return {
+        "name": "ponds",
+        "data": {
+            "root": str(ponds),
+            "image_size": 32,
+            "resize": "tile",
+            "workers": 0,
+            "masks": {"classes": {"land": 4, "pond": 9}, "ignore": [77]},
+        },
+        "task": {"kind": "segmentation", "decoder": "fpn", "loss": {"dice": 1.0}, "class_weights": "balanced"},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3},
+    }
+
+
+@pytest.fixture(scope="session")
+def pond_run(pond_recipe, tmp_path_factory):
+    """A finished run of `pond_recipe`; tests read it and do not change it."""
+    import r2kit
+
+    return r2kit.finetune(pond_recipe, out=tmp_path_factory.mktemp("runs") / "ponds", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def salient_recipe(mask_folder) -> dict:
+    """A recipe of salient objects."""
+    masks = {"threshold": 127.0, "names": ["field", "pond"]}
+    return {
+        "name": "ponds",
+        "data": {"root": str(mask_folder), "image_size": 32, "workers": 0, "masks": masks},
+        "task": {"kind": "saliency", "width": 16, "loss": {"structure": 1.0}},
+        "model": {"name": "test_resnet"},
+        "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3},
+    }
+
+
+@pytest.fixture(scope="session")
+def salient_run(salient_recipe, tmp_path_factory):
+    """A finished run of `salient_recipe`; tests read it and do not change it."""
+    import r2kit
+
+    return r2kit.finetune(salient_recipe, out=tmp_path_factory.mktemp("runs") / "salient", quiet=True)

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from torch.nn import functional as F
 
@@ -25,33 +24,9 @@ from r2kit.result.multilabel import compute
 from r2kit.tasks import multilabel_metrics
 
 
-@pytest.fixture(scope="session")
-def table(tmp_path_factory):
-    """60 pictures of 24 px: the left half is green with the label field, the right half yellow with sand."""
-    root, rng, rows = tmp_path_factory.mktemp("several"), np.random.default_rng(0), []
-    for i in range(60):
-        pixels = rng.normal(60, 20, (24, 24, 3))
-        field, sand = i % 2 == 0, i % 3 == 0
-        pixels[:, :12] += np.array([0, 120, 0]) * field
-        pixels[:, 12:] += np.array([140, 120, 0]) * sand
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / f"{i:02d}.png")
-        cell = "; ".join(name for name, here in (("sand", sand), ("field", field)) if here)
-        rows.append({"path": f"{i:02d}.png", "label": cell, "group": f"flight{i // 3}"})
-    pd.DataFrame(rows).to_csv(root / "images.csv", index=False)
-    return root / "images.csv"
-
-
-@pytest.fixture(scope="session")
-def several_run(table, tmp_path_factory):
-    recipe = {
-        "seed": 1,
-        "task": {"kind": "multilabel"},
-        "data": {"root": str(table), "image_size": 32, "workers": 0, "val_fraction": 0.2, "test_fraction": 0.25},
-        "model": {"name": "test_resnet"},
-        "train": {"epochs": 2, "batch_size": 8, "lr": 5e-3},
-        "augment": {"mixup": 0.3, "cutmix": 0.3},
-    }
-    return r2kit.finetune(recipe, out=tmp_path_factory.mktemp("runs") / "several", quiet=True)
+@pytest.fixture
+def table(several_table):
+    return several_table
 
 
 # ---------------------------------------------------------------------------------------------------------- the table

@@ -113,7 +113,7 @@ def test_recall_shows_the_weakest_on_top_and_leaves_empty_classes_out():
 def test_learning_curves_of_one_epoch_and_missing_columns():
     history = pd.DataFrame({"epoch": [0], "val_loss": [1.0]})
     figure = plots.learning_curves(history)
-    assert [len(axes.lines) for axes in figure.axes] == [1, 0]
+    assert [len(axes.lines) for axes in figure.axes] == [1]  # no empty half where there is no accuracy
     assert pixels(figure).std() > 3
 
 

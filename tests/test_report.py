@@ -1,10 +1,8 @@
 """The report: self-contained, escaped, true to the stored files, and fit for a phone."""
 
-import html
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,12 +12,19 @@ import pytest
 import r2kit
 from r2kit import result
 from r2kit.errors import DataError, RunError
+from r2kit.explain import available
 from r2kit.report import classification as report
 from r2kit.report import write_report
 from r2kit.run import Run, write_atomic
+from tests.browser import CHROMIUM, lay_out
+from tests.browser import run as run_browser
 from tests.conftest import make_images
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+]
+
 EVIL = "<img src=x onerror=alert(1)>\"'&{{ 7*7 }}$\\frac{"
 LONG = "a_very_long_class_name_without_any_place_to_break_it" * 2
 
@@ -196,24 +201,49 @@ def test_recorded_commands_are_quoted(run):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to lay the page out")
-@pytest.mark.parametrize(("width", "theme"), [(380, "light"), (1200, "dark")])
-def test_the_page_fits_its_width_in_a_browser(odd_run, tmp_path, width, theme):
-    page = html.escape(odd_run.report.read_text(encoding="utf-8"))
-    probe = tmp_path / "probe.html"
-    probe.write_text(
-        '<!doctype html><meta charset="utf-8">'
-        f'<iframe id="f" width="{width}" height="900" style="color-scheme: {theme}" srcdoc="{page}"></iframe>'
-        "<script>f.onload = () => { const w = f.contentWindow; document.title = ["
-        'w.document.documentElement.scrollWidth, w.matchMedia("(prefers-color-scheme: dark)").matches,'
-        "[...w.document.images].filter(i => !i.complete || !i.naturalWidth).length].join() }</script>",
-        encoding="utf-8",
-    )
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr "
-        f"--dump-dom --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'} "
-        f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}"
-    )
-    done = subprocess.run([CHROMIUM, *flags.split(), f"file://{probe}"], capture_output=True, text=True, timeout=180)
-    assert re.search(r"<title>(.*?)</title>", done.stdout).group(1) == f"{width},{str(theme == 'dark').lower()},0"
-    assert ":CONSOLE" not in done.stderr
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_fits_its_width_in_a_browser(odd_run, tmp_path, theme):
+    found, complaints = lay_out({"odd": odd_run.report.read_text(encoding="utf-8")}, tmp_path, theme=theme)
+    dark = theme == "dark"
+    assert found == {("odd", 380): (380, dark, 0), ("odd", 1200): (1200, dark, 0)}
+    assert complaints == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to lay the page out")
+def test_the_pages_of_all_tasks_fit_a_phone(request, tmp_path):
+    fixtures = ("finished_run", "several_run", "pond_run", "salient_run", "detection_run")
+    pages = {name: request.getfixturevalue(name).report.read_text(encoding="utf-8") for name in fixtures}
+    found, complaints = lay_out(pages, tmp_path, theme="light", widths=(380,))
+    assert found == {(name, 380): (380, False, 0) for name in fixtures}
+    assert complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to print the page")
+def test_the_page_prints(odd_run, tmp_path):
+    run_browser([f"--print-to-pdf={tmp_path / 'page.pdf'}", f"file://{odd_run.report.resolve()}"], tmp_path)
+    pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes()))
+    assert 2 <= pages <= 12
+
+
+@pytest.mark.parametrize("fixture", ["finished_run", "several_run", "pond_run", "salient_run", "detection_run"])
+def test_every_task_says_what_a_reader_needs(request, fixture):
+    run = request.getfixturevalue(fixture)
+    text = run.report.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "srcset", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name][:80])
+    sections = {attributes["id"] for tag, attributes in page.tags if tag == "section"}
+    assert {"result", "data", "gradcam", "training", "reproduce"} <= sections
+    anchors = {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"}
+    assert anchors == sections
+    assert run.info["data"]["fingerprint"] in text
+    assert f"torch {run.info['versions']['torch']}" in page.text
+    assert "95" in page.text
+    if available():
+        assert any(a.get("alt", "").startswith("evidence for ") for tag, a in page.tags if tag == "img")
+        assert (run.plots / "gradcam.png").is_file()

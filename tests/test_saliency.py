@@ -1,19 +1,20 @@
 """Salient objects: network, losses, measures against pysodmetrics, and a run from recipe to report."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import r2kit
 from r2kit.data.targets import IGNORE
 from r2kit.dense.saliency import build_saliency, f_curve, measures, saliency_loss
 from r2kit.errors import RecipeError
 from r2kit.evaluate import evaluate, summary_lines
 from r2kit.predict import predict
 from r2kit.recipe import ModelSpec, SaliencyLossSpec, SaliencySpec
+from r2kit.run import Run
 from r2kit.train import dry_run
 
 pytestmark = [
@@ -105,20 +106,8 @@ def test_the_network_is_supervised_at_every_level_and_answers_with_the_finest():
     assert torch.allclose(found.softmax(1)[:, 1], found[:, 1].sigmoid(), atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def salient_recipe(mask_folder):
-    masks = {"threshold": 127.0, "names": ["field", "pond"]}
-    return {
-        "name": "ponds",
-        "data": {"root": str(mask_folder), "image_size": 32, "workers": 0, "masks": masks},
-        "task": {"kind": "saliency", "width": 16, "loss": {"structure": 1.0}},
-        "model": {"name": "test_resnet"},
-        "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3},
-    }
-
-
-def test_from_recipe_to_report(salient_recipe, mask_folder, tmp_path):
-    run = r2kit.finetune(salient_recipe, out=tmp_path / "run", quiet=True)
+def test_from_recipe_to_report(salient_run, mask_folder, tmp_path):
+    run = Run.open(shutil.copytree(salient_run.path, tmp_path / "run"))  # evaluated again below
     result = json.loads(run.metrics_json.read_text())
     assert result["task"] == "saliency"
     for figure in ("max_f", "weighted_f", "s_measure", "max_e", "mae"):

@@ -28,46 +28,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def ponds(tmp_path_factory):
-    """Twenty pictures 40 x 56: dark blue ponds with value 9 in the mask on green land with 4, an unknown corner."""
-    root = tmp_path_factory.mktemp("ponds")
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "masks").mkdir()
-    for i in range(20):
-        y, x = np.mgrid[:40, :56]
-        pond = (y - rng.integers(10, 30)) ** 2 + (x - rng.integers(10, 46)) ** 2 < rng.integers(60, 150)
-        image = np.where(pond[..., None], (30, 50, 120), (60, 130, 50)) + rng.normal(0, 20, (40, 56, 3))
-        mask = np.where(pond, 9, 4).astype(np.uint8)
-        mask[:4, :4] = 77
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
-        Image.fromarray(mask).save(root / "masks" / f"{i:02d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def pond_recipe(ponds):
-    return {
-        "name": "ponds",
-        "data": {
-            "root": str(ponds),
-            "image_size": 32,
-            "resize": "tile",
-            "workers": 0,
-            "masks": {"classes": {"land": 4, "pond": 9}, "ignore": [77]},
-        },
-        "task": {"kind": "segmentation", "decoder": "fpn", "loss": {"dice": 1.0}, "class_weights": "balanced"},
-        "model": {"name": "test_resnet"},
-        "train": {"epochs": 2, "batch_size": 4, "lr": 3e-3},
-    }
-
-
-@pytest.fixture(scope="module")
-def pond_run(pond_recipe, tmp_path_factory):
-    return r2kit.finetune(pond_recipe, out=tmp_path_factory.mktemp("runs") / "ponds", quiet=True)
-
-
 def test_metrics_of_the_epochs(pond_run):
     history = pd.read_csv(pond_run.metrics_csv)
     columns = ["epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_miou"]

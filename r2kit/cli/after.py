@@ -117,13 +117,110 @@ def predict(
 
 
 def report(run: RunArgument) -> None:
-    """Write the run's report.html anew."""
+    """Write the run's report.html and model_card.md anew."""
     from r2kit.console import quiet_libraries
     from r2kit.report import write_report
     from r2kit.run import Run
 
     quiet_libraries()
     typer.echo(write_report(Run.open(run)))
+
+
+def demo(
+    run: RunArgument,
+    scene: Annotated[Path | None, typer.Option(help="A GeoTIFF to click on.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; anything but the default lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Device = "auto",
+) -> None:
+    """Serve a small local page: drop an image or click on a scene, and see the answer and the evidence for it."""
+    from r2kit.console import make_console, quiet_libraries
+    from r2kit.demo import Demo, is_loopback, make_server
+    from r2kit.run import Run
+
+    quiet_libraries()
+    server = make_server(Demo(Run.open(run), scene, device=device), host, port)
+    console = make_console()
+    if not is_loopback(host):
+        console.print(f"note: --host {host} lets every machine that reaches it ask; there is no password")
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"http://{shown}:{server.server_address[1]}/  (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+def push(
+    run: RunArgument,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository of the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+) -> None:
+    """Upload weights, recipe, model card and report to the Hugging Face hub."""
+    from r2kit.console import make_console, quiet_libraries
+    from r2kit.push import push as upload
+    from r2kit.run import Run
+
+    quiet_libraries()
+    files = upload(Run.open(run), repo, private=private, dry_run=dry_run)
+    console = make_console()
+    for name, size in files:
+        console.print(f"{name}  {size:,} bytes")
+    console.print("dry run: nothing was sent" if dry_run else f"pushed: https://huggingface.co/{repo}")
+
+
+def explain(
+    run: RunArgument,
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGES]...", help="Files, folders; default: some held-out images.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="gradcam, hirescam, guided-gradcam, integrated-gradients or occlusion; default gradcam, hirescam for "
+            "a detection."
+        ),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The class; default: what the run answers for each image.")] = None,
+    against: Annotated[Path | None, typer.Option(metavar="RUN2", help="Another run, to be shown beside.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder with a mask for each image: not 0 is the object.")] = None,
+    bands: Annotated[
+        str | None, typer.Option(help="One band or three to show, by name or position, e.g. nir,red,green.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Held-out images at most.")] = 12,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder; default explain in the run's folder.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Show which part of an image speaks for a class, beside another run if asked; works for every task."""
+    from r2kit.console import make_console, quiet_libraries
+    from r2kit.explain import explain as run_explain
+    from r2kit.run import Run
+
+    quiet_libraries()
+    shown = None if bands is None else [int(b) if b.isdigit() else b for b in (b.strip() for b in bands.split(","))]
+    found = run_explain(
+        Run.open(run),
+        images or [],
+        method=method,
+        target=target,
+        against=None if against is None else Run.open(against),
+        masks=masks,
+        bands=shown,
+        limit=limit,
+        out=out,
+        device=device,
+    )
+    console = make_console()
+    for sentence in found.sentences:
+        console.print(sentence)
+    console.print(f"written: {found.folder}, with index.html")
 
 
 def export(

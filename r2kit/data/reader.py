@@ -69,7 +69,11 @@ class ImageInfo:
 
 
 def read_image(
-    path: str | Path, *, bands: Sequence[str] | None = None, network: tuple[int, int] | None = None
+    path: str | Path,
+    *,
+    bands: Sequence[str] | None = None,
+    network: tuple[int, int] | None = None,
+    max_bytes: int | None = None,
 ) -> np.ndarray:
     """Read an image file.
 
@@ -82,6 +86,7 @@ def read_image(
         bands: Names of the bands to return, in this order; None for all.
         network: (H, W) to which the image will be resized. A JPEG may then come at half, a quarter or an eighth of its
             size, as long as both its sides stay at least twice the longer of these; None for all pixels.
+        max_bytes: Largest decoded size, `MAX_IMAGE_BYTES` by default.
 
     Returns:
         (H, W, C), uint8, uint16 or the raster's own type.
@@ -89,7 +94,7 @@ def read_image(
     Raises:
         DataError: If the file is missing, empty, broken, of another format, too large, or lacks a band.
     """
-    return _decode(Path(path), bands=bands, network=network, place=False)[1]
+    return _decode(Path(path), bands=bands, network=network, place=False, max_bytes=max_bytes)[1]
 
 
 def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -176,13 +181,14 @@ def _decode(
     bands: Sequence[str | int] | None = None,
     network: tuple[int, int] | None = None,
     place: bool = True,
+    max_bytes: int | None = None,
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read header and pixels; turn everything that goes wrong into a `DataError` naming the file."""
     try:
         kind = _sniff(path)
         if kind in _RASTER_DRIVERS:
-            return _decode_raster(path, _RASTER_DRIVERS[kind], bands, place)
-        info, pixels = _decode_picture(path, kind, network)
+            return _decode_raster(path, _RASTER_DRIVERS[kind], bands, place, max_bytes or MAX_IMAGE_BYTES)
+        info, pixels = _decode_picture(path, kind, network, max_bytes or MAX_IMAGE_BYTES)
         places = _places(bands, info, path)
         if places is not None:
             pixels = np.ascontiguousarray(pixels[..., places])
@@ -222,25 +228,25 @@ def _sniff(path: Path) -> str:
     raise DataError(f"{path}: is not a JPEG, PNG, WebP or TIFF image, whatever its name says")
 
 
-def _check_size(path: Path, height: int, width: int, bytes_per_pixel: int) -> None:
+def _check_size(path: Path, height: int, width: int, bytes_per_pixel: int, most: int) -> None:
     """Refuse what would not fit into memory, before decoding it."""
     size = height * width * bytes_per_pixel
-    if size > MAX_IMAGE_BYTES:
+    if size > most:
         raise DataError(
             f"{path}: {height} x {width} pixels take {size / 2**30:.1f} GB decoded, more than the limit of "
-            f"{MAX_IMAGE_BYTES / 2**30:.0f} GB an image; cut it into tiles"
+            f"{most / 2**30:.2g} GB an image; cut it into tiles"
         )
     if size <= 0:
         raise DataError(f"{path}: has no pixels ({height} x {width})")
 
 
-def _decode_picture(path: Path, kind: str, network: tuple[int, int] | None) -> tuple[ImageInfo, np.ndarray]:
+def _decode_picture(path: Path, kind: str, network: tuple[int, int] | None, most: int) -> tuple[ImageInfo, np.ndarray]:
     """Read JPEG, PNG or WebP as RGB."""
     info = ImageInfo(RGB, "uint8", 255.0, None, float("nan"), float("nan"))
     with path.open("rb") as file:
         # The plugin's class instead of Image.open: that one warns about or refuses large pictures by a global limit.
         picture: Image.Image = _PICTURES[kind](file)
-        _check_size(path, picture.height, picture.width, 4)
+        _check_size(path, picture.height, picture.width, 4, most)
         if network is not None and kind == "JPEG":
             # The decoder leaves out the finest of a block's 8 x 8 waves: half the size costs about half the time.
             factor = min(picture.size) // (2 * max(network))
@@ -299,10 +305,22 @@ def keep_raster_open(
         mode: Read, change, or make anew.
         profile: What a new file holds, as rasterio takes it.
     """
+    if mode == "r" and driver is None:
+        _refuse_disguised(path)
     given = {**({"driver": driver} if driver else {}), **(profile or {})}
     with _raster_environment(), _open_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return rasterio.open(path, mode, **given)
+
+
+def _refuse_disguised(path: Path) -> None:
+    """Refuse a file of text that makes GDAL open other files or addresses, unless it says so by its name (.vrt)."""
+    if path.suffix.lower() == ".vrt" or not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head[:1] in (b"<", b"{", b"["):
+        raise DataError(f"{path}: is text that points to other files, not a raster; a virtual raster is named .vrt")
 
 
 def _raster_environment() -> Any:
@@ -331,6 +349,12 @@ def describe_raster(
     dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
     if dtype is None or dtype.kind not in "iuf":
         raise DataError(f"{path}: pixels of type {' and '.join(sorted(types))}; one real number type is needed")
+    for height, width in dataset.block_shapes:  # GDAL decodes whole blocks, however little is asked for
+        if height * width * dtype.itemsize > MAX_IMAGE_BYTES:
+            raise DataError(
+                f"{path}: is stored in blocks of {height} x {width} pixels, more than {MAX_IMAGE_BYTES / 2**30:.0f} GB "
+                "at once; write it anew in tiles, e.g. gdal_translate -co TILED=YES"
+            )
     meaning = list(dataset.colorinterp)
     kept = [i for i, role in enumerate(meaning) if role is not ColorInterp.alpha]
     palette = dataset.colormap(1) if meaning[0] is ColorInterp.palette and dtype == np.uint8 else None
@@ -343,14 +367,14 @@ def describe_raster(
 
 
 def _decode_raster(
-    path: Path, driver: str, bands: Sequence[str | int] | None, place: bool
+    path: Path, driver: str, bands: Sequence[str | int] | None, place: bool, most: int
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones; `place`: also say where it lies."""
     with open_raster(path, driver) as dataset:
         info, kept, palette = describe_raster(dataset, path, place=place)
         is_picture = driver == "PNG"
         dtype = np.dtype(info.dtype)
-        _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize)
+        _check_size(path, dataset.height, dataset.width, dataset.count * dtype.itemsize, most)
         places = _places(bands, info, path)
         of_one_band = palette or (is_picture and len(kept) == 1)  # its one band becomes red, green and blue
         if places is not None and not of_one_band:

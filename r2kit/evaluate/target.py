@@ -43,7 +43,7 @@ class Target:
 
 def reported_split(run: Run) -> str:
     """Return the split whose figures are the run's result: test where images were held out for it, else val."""
-    splits = set(pd.read_parquet(run.split_file, columns=["split"])["split"].dropna())
+    splits = set(run.read_table(run.split_file, ["split"])["split"].dropna())
     return "test" if "test" in splits else "val"
 
 
@@ -67,7 +67,7 @@ def own_target(run: Run, split: str) -> Target:
 
 def groups_of(run: Run, source: Source, rows: NDArray[np.int64]) -> tuple[NDArray[np.object_] | None, str]:
     """Return what was held out together, and the word for it: spatial blocks of a split by blocks, else groups."""
-    held = pd.read_parquet(run.split_file)
+    held = run.read_table(run.split_file)
     group = source.manifest["group"].to_numpy(object)[rows]
     word = "group"
     if run.info.get("split") in ("blocks", "file") and held["block"].notna().any():

@@ -108,6 +108,24 @@ class Scene:
         missing[place] = ~valid
         return raw, missing
 
+    def overview(self, longest: int) -> NDArray[Any]:
+        """Return the whole scene (h, w, C) as raw pixels, its longer side of `longest` pixels at most.
+
+        The file's own overviews are used where it has them; else all of it is read.
+
+        Raises:
+            DataError: If the file is damaged.
+        """
+        factor = min(1.0, longest / max(self.size))
+        height, width = (max(1, round(side * factor)) for side in self.size)
+        try:
+            pixels = self._dataset().read(self._bands, out_shape=(len(self._bands), height, width))
+        except Exception as error:  # whatever GDAL makes of damaged bytes
+            raise DataError(f"{self.path}: cannot be read: {error}") from error
+        raw = pixels.transpose(1, 2, 0)
+        unmeasured = missing_pixels(raw, self._nodata)
+        return raw if unmeasured is None else np.where(unmeasured, self._fill, raw)
+
     def close(self) -> None:
         """Close the files of all threads."""
         with self._lock:

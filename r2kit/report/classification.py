@@ -6,52 +6,27 @@ the pictures of images and Grad-CAM need the images themselves; where those are 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from r2kit import explain, metrics, plots, result
 from r2kit.console import duration
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, MissingExtraError, ModelError, RunError
-from r2kit.plots import Theme, Tile
+from r2kit.page import Chart, chart_of, template, thumbnail_of
+from r2kit.plots import Tile
 from r2kit.run import Run, write_atomic
 
-_THUMBNAIL = 176  # pixels; twice the width of a thumbnail on a phone
 _SEARCHED = 8  # batches among which one with mixing is looked for
 _MISTAKES, _RIGHT, _EXPLAINED = 12, 12, 8  # images
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure in both themes, as data URLs."""
-
-    light: str
-    dark: str
-    alt: str
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small picture with its caption."""
-
-    url: str
-    caption: str
-    right: bool | None
 
 
 @dataclass(frozen=True)
@@ -106,26 +81,6 @@ def write_report(run: Run) -> Path:
     )
     write_atomic(run.report, page)
     return run.report
-
-
-def template(name: str) -> jinja2.Template:
-    """Return a page; every value is escaped, because class names and paths come from strangers."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("r2kit", "templates"),
-        autoescape=True,
-        finalize=_unbroken,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["thousands"] = lambda number: f"{number:,}".replace(",", "\u2009")  # a thin space
-    environment.filters["duration"] = duration
-    return environment.get_template(name)
-
-
-def _unbroken(value: Any) -> Any:
-    """Keep a number and its percent sign on one line."""
-    return value.replace(" %", "\u00a0%") if isinstance(value, str) else value
 
 
 def stored_result(run: Run, key: str = "accuracy") -> result.Result:
@@ -251,7 +206,7 @@ def _charts(
         ),
     }
     if run.metrics_csv.is_file():
-        history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
+        history, best = run.read_table(run.metrics_csv), run.info.get("best_epoch")
         charts["curves"] = chart_of(
             run,
             "curves",
@@ -260,7 +215,7 @@ def _charts(
         )
     places = None if pictures is None else places_of(pictures.module)
     if (predictions["lon"].notna() & predictions["group"].notna()).any():
-        degrees = run.recipe.data.block_degrees if pd.read_parquet(run.split_file)["block"].notna().any() else None
+        degrees = run.recipe.data.block_degrees if run.read_table(run.split_file)["block"].notna().any() else None
         charts["blocks"] = chart_of(
             run,
             "block_accuracy",
@@ -282,12 +237,6 @@ def _charts(
     return charts
 
 
-def chart_of(run: Run, name: str, alt: str, draw: Callable[[Theme], Figure]) -> Chart:
-    """Draw a chart in both themes."""
-    light = plots.save(draw(plots.LIGHT), run, name).read_bytes()
-    return Chart(_url(light, "image/png"), _url(plots.png(draw(plots.DARK)), "image/png"), alt)
-
-
 def places_of(module: DataModule) -> pd.DataFrame:
     """Return place and split of every image that is in a split."""
     parts = {part: module.split.rows(part) for part in ("train", "val", "test")}
@@ -303,11 +252,6 @@ def whole_blocks_of(module: DataModule) -> bool:
         return False
     held = np.concatenate([split.val, split.test]).astype(np.int64)
     return not set(split.blocks[split.train]) & set(split.blocks[held])
-
-
-def _url(content: bytes, kind: str) -> str:
-    """A data URL."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -396,14 +340,3 @@ def _explain(run: Run, module: DataModule, rows: pd.DataFrame) -> tuple[list[Til
     for tile, row, evidence in zip(_tiles(module, rows), rows.itertuples(), heat, strict=True):
         tiles += [tile, Tile(plots.overlay(tile.image, evidence), f"evidence for {row.pred}", tile.right)]
     return tiles, None
-
-
-def thumbnail_of(tile: Tile, side: int = _THUMBNAIL) -> Thumbnail:
-    """Return a tile as a small JPEG, small images enlarged without smoothing so that their pixels show."""
-    image = Image.fromarray(tile.image)
-    factor = side / max(image.size)
-    width, height = (max(1, math.floor(length * factor)) for length in image.size)
-    image = image.resize((width, height), Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=88)
-    return Thumbnail(_url(buffer.getvalue(), "image/jpeg"), tile.caption, tile.right)

@@ -14,8 +14,10 @@ from r2kit.data.datamodule import DataModule
 from r2kit.draw import draw_comparison
 from r2kit.errors import DataError
 from r2kit.objects.coco import SIZE_WORDS
+from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
-from r2kit.report.classification import Chart, chart_of, commands_of, stored_result, template, thumbnail_of
+from r2kit.report.classification import commands_of, stored_result
+from r2kit.report.evidence import counts_of, evidence_tiles, split_chart
 from r2kit.result.detection import read_objects, summary_lines
 from r2kit.run import Run, write_atomic
 
@@ -26,8 +28,15 @@ _SHOWN = 8  # images with boxes
 def write_report(run: Run) -> Path:
     """Write the page of an evaluated run, see `r2kit.report.write_report`."""
     figures = stored_result(run, "map")
-    table = pd.read_parquet(run.predictions(figures["split"]))
-    pictures, batch, gone = _pictures(run, figures, table)
+    table = run.read_table(run.predictions(figures["split"]))
+    pictures, batch, gone, module = _pictures(run, figures, table)
+    charts = _charts(run)
+    explained: list[Tile] = []
+    evidence_words = "the images cannot be read"
+    if module is not None:
+        explained, evidence_words = evidence_tiles(run, module, figures)
+        if (places := split_chart(run, module)) is not None:
+            charts["split"] = places
     page = template("report_detection.html.j2").render(
         run=run,
         recipe=run.recipe,
@@ -35,44 +44,42 @@ def write_report(run: Run) -> Path:
         result=figures,
         lines=summary_lines(figures),
         sizes=SIZE_WORDS,
-        counts=_counts(run),
+        counts=counts_of(run),
         gone=gone,
-        charts=_charts(run),
+        charts=charts,
         batch=[thumbnail_of(tile) for tile in batch],
         pictures=[thumbnail_of(tile, _PICTURE) for tile in pictures],
+        explained=[thumbnail_of(tile) for tile in explained],
+        evidence_words=evidence_words,
         commands=commands_of(run),
     )
     write_atomic(run.report, page)
     return run.report
 
 
-def _counts(run: Run) -> list[tuple[str, int]]:
-    """Images in each part."""
-    held = pd.read_parquet(run.split_file, columns=["split"])["split"].value_counts()
-    return [(part, int(held.get(part, 0))) for part in ("train", "val", "test")]
-
-
 def _charts(run: Run) -> dict[str, Chart]:
     """Loss and average precision by epoch."""
     if not run.metrics_csv.is_file():
         return {}
-    history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
+    history, best = run.read_table(run.metrics_csv), run.info.get("best_epoch")
     alt = "Loss and average precision by epoch"
     return {"curves": chart_of(run, "curves", alt, lambda t: plots.learning_curves(history, best_epoch=best, theme=t))}
 
 
-def _pictures(run: Run, figures: Any, table: pd.DataFrame) -> tuple[list[Tile], list[Tile], str | None]:
-    """Images with their boxes, a training batch, and why there are none where the images are gone."""
+def _pictures(
+    run: Run, figures: Any, table: pd.DataFrame
+) -> tuple[list[Tile], list[Tile], str | None, DataModule | None]:
+    """Images with their boxes, a training batch; why there are none where the images are gone; and the data."""
     try:
         module = run.datamodule()
         module.setup()
         batch = plots.batch_tiles(next(iter(module.train_dataloader())), module, epoch=0)
         tiles = _compared(module, figures, table, run.recipe.seed)
     except DataError as error:
-        return [], [], str(error)
+        return [], [], str(error), None
     plots.save(plots.mosaic(batch, title="A training batch, as the network sees it"), run, "batch")
     plots.save(plots.mosaic(tiles, title="Held-out images", columns=2), run, "predictions")
-    return tiles, batch, None
+    return tiles, batch, None, module
 
 
 def _compared(module: DataModule, figures: Any, table: pd.DataFrame, seed: int) -> list[Tile]:

@@ -11,8 +11,10 @@ import pandas as pd
 from r2kit import plots
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, MissingExtraError, RunError
+from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
-from r2kit.report.classification import Chart, chart_of, commands_of, stored_result, template, thumbnail_of
+from r2kit.report.classification import commands_of, stored_result
+from r2kit.report.evidence import evidence_tiles, split_chart
 from r2kit.result import Result, interval_words, percent
 from r2kit.result import multilabel as sentences
 from r2kit.run import Run, write_atomic
@@ -33,14 +35,20 @@ def write_report(run: Run) -> Path:
         )
     }
     if run.metrics_csv.is_file():
-        history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
+        history, best = run.read_table(run.metrics_csv), run.info.get("best_epoch")
         charts["curves"] = chart_of(
             run,
             "curves",
             "Loss and mean average precision by epoch",
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
-    worst, others, batch, counts, gone = _pictures(run, table, figures["classes"])
+    worst, others, batch, counts, gone, module = _pictures(run, table, figures["classes"])
+    explained: list[Tile] = []
+    evidence_words = "the images cannot be read"
+    if module is not None:
+        explained, evidence_words = evidence_tiles(run, module, figures)
+        if (places := split_chart(run, module)) is not None:
+            charts["split"] = places
     for name, tiles, title in (
         ("batch", batch, "A training batch, as the network sees it"),
         ("predictions", worst + others, "Held-out images: their labels, + wrongly given, - missed"),
@@ -61,6 +69,8 @@ def write_report(run: Run) -> Path:
         batch=[thumbnail_of(tile) for tile in batch],
         worst=[thumbnail_of(tile) for tile in worst],
         others=[thumbnail_of(tile) for tile in others],
+        explained=[thumbnail_of(tile) for tile in explained],
+        evidence_words=evidence_words,
         commands=commands_of(run),
     )
     write_atomic(run.report, page)
@@ -82,8 +92,8 @@ def _stored_predictions(run: Run, figures: Result) -> pd.DataFrame:
 
 def _pictures(
     run: Run, table: pd.DataFrame, classes: list[str]
-) -> tuple[list[Tile], list[Tile], list[Tile], dict[str, Any] | None, str | None]:
-    """Images with most labels wrong, others, a training batch, the counts of the data; and why there are none."""
+) -> tuple[list[Tile], list[Tile], list[Tile], dict[str, Any] | None, str | None, DataModule | None]:
+    """Images with most labels wrong, others, a training batch, counts; why there are none; and the data."""
     try:
         module = run.datamodule()
         module.setup()
@@ -91,7 +101,7 @@ def _pictures(
             table["id"]
         )
         if rows.isna().any():
-            return [], [], [], None, "the images of the stored predictions are not in the data any more"
+            return [], [], [], None, "the images of the stored predictions are not in the data any more", None
         held, given = (sentences.held_labels(table, column, classes) for column in ("label", "pred"))
         wrong = (held != given).sum(axis=1)
         placed = table.assign(row=rows.to_numpy(np.int64), wrong=wrong)
@@ -105,9 +115,9 @@ def _pictures(
             "rows": [(str(name), [int(n) for n in row]) for name, *row in by_part.itertuples()],
             "sums": [len(module.split.rows(part)) for part in by_part.columns],
         }
-        return _tiles(module, worst), _tiles(module, rest), batch, counts, None
+        return _tiles(module, worst), _tiles(module, rest), batch, counts, None, module
     except (DataError, MissingExtraError) as error:
-        return [], [], [], None, str(error)
+        return [], [], [], None, str(error), None
 
 
 def _tiles(module: DataModule, rows: pd.DataFrame) -> list[Tile]:

@@ -15,9 +15,11 @@ from r2kit.data.sources import DenseSource
 from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError, MissingExtraError, RunError
 from r2kit.inference import PixelClassifier
+from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.recipe import SaliencySpec
-from r2kit.report.classification import Chart, chart_of, commands_of, stored_result, template, thumbnail_of
+from r2kit.report.classification import commands_of, stored_result
+from r2kit.report.evidence import counts_of, evidence_tiles, split_chart
 from r2kit.report.segmentation import visible
 from r2kit.result import interval_words, percent
 from r2kit.result import saliency as sentences
@@ -36,11 +38,20 @@ def write_report(run: Run) -> Path:
         raise RunError(f"{file}: cannot be read: {error}; run r2kit evaluate {run.path}") from None
     charts: dict[str, Chart] = {}
     if run.metrics_csv.is_file():
-        history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
+        history, best = run.read_table(run.metrics_csv), run.info.get("best_epoch")
         charts["curves"] = chart_of(
-            run, "curves", "Loss by epoch", lambda t: plots.learning_curves(history, best_epoch=best, theme=t)
+            run,
+            "curves",
+            "Loss and F-measure by epoch",
+            lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
-    tiles, gone = _pictures(run, table)
+    tiles, batch, gone, module = _pictures(run, table)
+    explained: list[Tile] = []
+    evidence_words = "the images cannot be read"
+    if module is not None:
+        explained, evidence_words = evidence_tiles(run, module, figures)
+        if (places := split_chart(run, module)) is not None:
+            charts["split"] = places
     if tiles:
         plots.save(plots.mosaic(tiles, title="Image, truth, prediction", columns=3), run, "predictions")
     rows = [
@@ -59,28 +70,33 @@ def write_report(run: Run) -> Path:
         charts=charts,
         gone=gone,
         pictures=[thumbnail_of(tile) for tile in tiles],
+        batch=[thumbnail_of(tile) for tile in batch],
+        counts=counts_of(run),
+        explained=[thumbnail_of(tile) for tile in explained],
+        evidence_words=evidence_words,
         commands=commands_of(run),
     )
     write_atomic(run.report, page)
     return run.report
 
 
-def _pictures(run: Run, table: pd.DataFrame) -> tuple[list[Tile], str | None]:
-    """Image, truth and predicted map of the weakest images and of some others; or why there are none."""
+def _pictures(run: Run, table: pd.DataFrame) -> tuple[list[Tile], list[Tile], str | None, DataModule | None]:
+    """Image, truth and map of the weakest and some other images, a batch; why there are none; and the data."""
     try:
         module = run.datamodule()
         module.setup()
         ids = module.source.manifest["id"]
         rows = pd.Series(np.arange(len(ids)), index=ids).reindex(table["id"])
         if rows.isna().any():
-            return [], "the images of the stored measures are not in the data any more"
+            return [], [], "the images of the stored measures are not in the data any more", None
         placed = table.assign(row=rows.to_numpy(np.int64)).sort_values(["weighted_f", "id"])
         worst = placed.head(_SHOWN // 2)
         rest = placed.drop(worst.index)
         rest = rest.sample(min(_SHOWN // 2, len(rest)), random_state=run.recipe.seed)
-        return _tiles(run, module, pd.concat([worst, rest])), None
+        batch = plots.batch_tiles(next(iter(module.loader(module.split.train, train=True))), module, epoch=0)
+        return _tiles(run, module, pd.concat([worst, rest])), batch, None, module
     except (DataError, MissingExtraError) as error:
-        return [], str(error)
+        return [], [], str(error), None
 
 
 def _tiles(run: Run, module: DataModule, rows: pd.DataFrame) -> list[Tile]:

@@ -17,18 +17,11 @@ from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.dense.metrics import mean_iou
 from r2kit.errors import DataError, MissingExtraError, RunError
 from r2kit.inference import PixelClassifier
+from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.recipe import SegmentationSpec
-from r2kit.report.classification import (
-    Chart,
-    chart_of,
-    commands_of,
-    places_of,
-    stored_result,
-    template,
-    thumbnail_of,
-    whole_blocks_of,
-)
+from r2kit.report.classification import commands_of, places_of, stored_result, whole_blocks_of
+from r2kit.report.evidence import evidence_tiles
 from r2kit.result import Result, interval_words, percent
 from r2kit.result import segmentation as sentences
 from r2kit.run import Run, write_atomic
@@ -44,6 +37,8 @@ class _Pictures:
     batch: list[Tile]
     worst: list[Tile]
     others: list[Tile]
+    explained: list[Tile]
+    evidence_words: str
 
 
 def write_report(run: Run) -> Path:
@@ -59,7 +54,7 @@ def write_report(run: Run) -> Path:
         "iou": chart_of(run, "iou", "IoU of each class", lambda t: plots.iou_figure(figures["per_class"], theme=t)),
     }
     if run.metrics_csv.is_file():
-        history, best = pd.read_csv(run.metrics_csv), run.info.get("best_epoch")
+        history, best = run.read_table(run.metrics_csv), run.info.get("best_epoch")
         charts["curves"] = chart_of(
             run,
             "curves",
@@ -94,6 +89,8 @@ def write_report(run: Run) -> Path:
         batch=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.batch],
         worst=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.worst],
         others=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.others],
+        explained=[] if pictures is None else [thumbnail_of(tile) for tile in pictures.explained],
+        evidence_words="the images cannot be read" if pictures is None else pictures.evidence_words,
         commands=commands_of(run),
     )
     write_atomic(run.report, page)
@@ -147,7 +144,8 @@ def _pictures(run: Run, figures: Result, table: pd.DataFrame) -> tuple[_Pictures
         rest = rest.sample(min(_SHOWN, len(rest)), random_state=run.recipe.seed).sort_index()
         batch = next(iter(module.loader(module.split.train, train=True)))
         tiles = plots.batch_tiles(batch, module, epoch=0)
-        return _Pictures(module, tiles, _tiles(run, module, worst), _tiles(run, module, rest)), None
+        explained = evidence_tiles(run, module, figures)
+        return _Pictures(module, tiles, _tiles(run, module, worst), _tiles(run, module, rest), *explained), None
     except (DataError, MissingExtraError) as error:
         return None, str(error)
 
