@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import RecipeError
 from r2kit.fastai.loaders import KINDS, make_loaders
+from r2kit.models import memory_format
 from r2kit.parts import Parts
 from r2kit.recipe import MultilabelSpec, Recipe, TrainSpec
 from r2kit.recipe_file import load_recipe
@@ -43,13 +44,14 @@ from r2kit.tasks import TASKS, SteppedTask
 from r2kit.tasks.base import Stage
 from r2kit.train.prepare import choose_device, open_data, speed_up, start_network
 
-_TAKEN = frozenset(
+TAKEN = frozenset(
     ("batch_size", "progressive_size", "channels_last", "optimize", "lr", "weight_decay", "optimizer", "momentum")
 )
+"""Keys of `train` that a learner takes."""
 _OF_FIT = frozenset(
     ("epochs", "schedule", "warmup_epochs", "step_epochs", "lr_factor", "plateau_patience", "checkpoint_every")
 )
-"""Keys of `train` that the learner takes, and those that are arguments of fastai's `fit` and its kin."""
+"""Keys of `train` that are arguments of fastai's `fit` and its kin."""
 
 
 def recipe_learner(
@@ -93,7 +95,9 @@ def run_learner(run: str | Path | Run, **options: Any) -> Learner:
     refuse(recipe)
     data = opened.datamodule()
     data.setup()
-    return _make_learner(recipe, data, opened.model(), options)
+    data.size_share = recipe.train.size_share if recipe.train.progressive_size else None
+    model = opened.model().to(memory_format=memory_format(recipe.train.channels_last))
+    return _make_learner(recipe, data, model, options)
 
 
 def refuse(recipe: Recipe) -> None:
@@ -114,7 +118,7 @@ def refuse(recipe: Recipe) -> None:
         )
     spec = recipe.train
     fields = {name: field.default for name, field in TrainSpec.model_fields.items()}
-    left = [name for name, value in fields.items() if getattr(spec, name) != value and name not in _TAKEN | _OF_FIT]
+    left = [name for name, value in fields.items() if getattr(spec, name) != value and name not in TAKEN | _OF_FIT]
     if left:
         warnings.warn(
             f"not used by a fastai learner: {', '.join(f'train.{name}' for name in left)}; fastai has callbacks and "
@@ -130,6 +134,7 @@ def _make_learner(recipe: Recipe, data: DataModule, model: nn.Module, options: d
     # What is frozen is said to fastai; a task that freezes would stand in its way.
     plain = recipe.train.model_copy(update={"freeze": "none", "unfreeze": ()})
     task = cast(SteppedTask, TASKS[recipe.task.kind].from_data(recipe.model_copy(update={"train": plain}), model, data))
+    task.to(device)  # the network, and the weights of the classes
     side = RecipeCallback(recipe, data, task)
     spec = recipe.train
     settings: dict[str, Any] = {

@@ -16,7 +16,8 @@ from r2kit.backbones.weights import save_weights
 from r2kit.callbacks import epochs_csv
 from r2kit.errors import RunError
 from r2kit.evaluate import evaluate
-from r2kit.fastai.bridge import RecipeCallback
+from r2kit.fastai.bridge import TAKEN, RecipeCallback
+from r2kit.recipe import TrainSpec
 from r2kit.report import write_report
 from r2kit.run import Run, write_atomic
 from r2kit.train.prepare import choose_device
@@ -51,7 +52,7 @@ def save_run(learn: Learner, out: str | Path | None = None, *, overwrite: bool =
         raise RunError("save_run: the learner has another model than that of its recipe; a run folder could not say it")
     data, recipe = side.data, side.source
     if side.passes:
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=_true_now(side))})
+        recipe = recipe.model_copy(update={"train": _as_trained(side)})
     run = Run.create(recipe, out, overwrite=overwrite)
     data.preprocess.save(run.preprocess_file)
     data.split.save(run.split_file, data.source.manifest)
@@ -83,6 +84,10 @@ def save_run(learn: Learner, out: str | Path | None = None, *, overwrite: bool =
     return run
 
 
-def _true_now(side: RecipeCallback) -> dict[str, object]:
-    """Return the keys of `train` that say what was done."""
-    return {"epochs": side.passes, "lr": max(fit["lr"] for fit in side.fits), "warmup_epochs": "auto"}
+def _as_trained(side: RecipeCallback) -> TrainSpec:
+    """Return the `train` part that is true of the run: what the learner took, and what was done; nothing else."""
+    spec = side.source.train
+    kept = {name: getattr(spec, name) for name in (*TAKEN, "nesterov")}
+    # Images that grow need an epoch for each size, also where training ended before.
+    epochs = max(side.passes, len(spec.progressive_size) + 1 if spec.progressive_size else 1)
+    return TrainSpec.model_validate({**kept, "epochs": epochs, "lr": max(fit["lr"] for fit in side.fits)})

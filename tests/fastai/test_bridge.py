@@ -352,10 +352,15 @@ def test_what_a_learner_cannot_do_is_refused_before_the_data_is_read(fa, changes
 
 def test_what_fastai_does_otherwise_is_named(fa, plain):
     recipe, folder = plain
-    train = {**recipe["train"], "ema": True, "freeze": "backbone", "schedule": "constant"}
-    with pytest.warns(UserWarning, match=r"not used by a fastai learner: train.ema, train.freeze; fastai has callback"):
-        learn = fa.recipe_learner({**recipe, "train": train}, path=folder)
+    train = {**recipe["train"], "epochs": 9, "ema": True, "freeze": "backbone", "unfreeze": [3], "schedule": "constant"}
+    said = r"not used by a fastai learner: train.ema, train.freeze, train.unfreeze; fastai has callbacks"
+    with pytest.warns(UserWarning, match=said):
+        learn = quiet(fa.recipe_learner({**recipe, "train": train}, path=folder))
     assert all(parameter.requires_grad for parameter in learn.model.parameters())
+    learn.fit(1, 2e-3)
+    kept = Run.open(fa.save_run(learn, folder / "run").path).recipe.train
+    assert (kept.epochs, kept.ema, kept.freeze, kept.unfreeze) == (1, False, "none", ())  # what was done
+    assert kept.lr == pytest.approx(2e-3)
 
 
 def test_images_are_mixed_by_one_of_the_two(fa, recipes, tmp_path):
