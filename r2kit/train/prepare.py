@@ -164,7 +164,7 @@ def speed_up(model: nn.Module, spec: TrainSpec, device: torch.device, precision:
     if spec.optimize == "off":
         return "off: train.optimize=off"
     if device.type != "cpu":
-        return "off: the kernels are for the CPU"
+        return "off: the form for a GPU was never measured; r2kit.optimize has it"
     if precision != "32-true":
         return f"off: the kernels are for 32-bit floats, and the precision is {precision}"
     return optimize_with_reason(model)

@@ -1,8 +1,13 @@
 """The fast form computes what the plain modules compute: outputs, every gradient, every buffer."""
 
 import copy
+import importlib
 import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -21,6 +26,8 @@ from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.optimize import FastConv2d, FastRes2Block
 from r2kit.backbones.fast.tile import finish
 from r2kit.backbones.mish import MishBeta, mish_to_mish_beta
+
+optimize = importlib.import_module("r2kit.backbones.fast.optimize")  # the package has a function of that name
 
 
 def fast_copy(model):
@@ -222,6 +229,19 @@ def test_what_stands_behind_a_convolution(act, act_first, residual, chans):
     expected = norm_act.plain(sums, norm, res if residual else None)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y2, expected + more, rtol=1e-4, atol=1e-4)
+
+
+def test_gpu_kernels_through_the_interpreter():
+    pytest.importorskip("triton", reason="the GPU kernels need Triton")
+    script = Path(__file__).with_name("norm_act_interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["same"], done.stderr
+
+
+def test_a_gpu_without_triton_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "r2kit.backbones.fast.norm_act_gpu", None)
+    assert "Triton is not installed" in optimize._gpu_refusal(torch.device("cuda"))
 
 
 # ----------------------------------------------------------------------------------------------------- the units

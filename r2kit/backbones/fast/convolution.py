@@ -3,7 +3,7 @@
 A 1x1 convolution is a product of matrices over the rows of channels-last memory, by a kernel where it has few
 channels; above, a strided one copies its rows first. A 3x3 convolution with stride 1 goes forward, and back to its
 input, through Winograd's filtering. The others go through torch's own operator; the gradient of the weights has a
-kernel.
+kernel. On a GPU everything is torch's.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Conv:
             out = room(x, len(weight), size)
             self._convolve(x, weight, size, finish(rows(out), bias))
             return out
-        if self.is_product:
+        if self.is_product and not x.is_cuda:
             x = self._met(x)
             matrix = weight.flatten(1).t()
             out = rows(x) @ matrix if bias is None else torch.addmm(bias, rows(x), matrix)
@@ -139,7 +139,7 @@ class Conv:
             weight: As given to `forward`.
             into: Like `x`; the gradient is added to it, in place where that is less work.
         """
-        if self.is_product:
+        if self.is_product and not x.is_cuda:
             matrix = weight.flatten(1)
             if self.stride == (1, 1):
                 if into is not None:
@@ -154,7 +154,7 @@ class Conv:
             grad = torch.zeros_like(x, memory_format=torch.channels_last) if into is None else into
             self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
             return grad
-        if self.is_filter(dy.shape[1], (x.shape[2], x.shape[3])):
+        if self.is_filter(dy.shape[1], (x.shape[2], x.shape[3])) and not x.is_cuda:
             grad = room(x, x.shape[1], (x.shape[2], x.shape[3]))
             pad = (2 - self.pad[0], 2 - self.pad[1])
             winograd.convolve(dy, weight, (x.shape[2], x.shape[3]), pad, finish(rows(grad)), turned=True)
@@ -164,10 +164,10 @@ class Conv:
 
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of `weight`; arguments as in `input_grad`."""
-        if self.is_product:
+        if self.is_product and not x.is_cuda:
             return (rows(dy).t() @ rows(self._met(x))).view(weight.shape)
         square = all(a == b for a, b in (self.stride, self.pad, self.dilation))
-        if square and self.groups == 1 and x.shape[1] >= NARROWEST and x.dtype == torch.float32:
+        if square and self.groups == 1 and x.shape[1] >= NARROWEST and x.dtype == torch.float32 and not x.is_cuda:
             grad = weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
         else:
             grad = self._torch_grad(dy, x, weight, 1)
@@ -175,7 +175,8 @@ class Conv:
 
     def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
         """Whether a kernel goes forward."""
-        return (self.is_product and x.shape[1] <= product.WIDEST) or self.is_filter(x.shape[1], out_size)
+        suits = (self.is_product and x.shape[1] <= product.WIDEST) or self.is_filter(x.shape[1], out_size)
+        return suits and x.dtype in (torch.float32, torch.float64) and not x.is_cuda
 
     def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:
         """Go forward by the kernel."""

@@ -230,7 +230,7 @@ class _UnitFunction(Function):
         del do
 
         dh = torch.empty_like(h)
-        dnorm1 = torch.empty(2, h.shape[1], dtype=h.dtype)
+        dnorm1 = torch.empty(2, h.shape[1], dtype=norm_act.sums_dtype(h), device=h.device)
 
         def close(start: int, dy: Tensor) -> None:
             """Take the gradient of a split back through the first norm."""
@@ -335,7 +335,7 @@ def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
 
 def _stats(norm: Norm, x: Tensor) -> Tensor | None:
     """Return room for mean and variance, or None where the running ones are used."""
-    return torch.empty(2, x.shape[1], dtype=x.dtype) if norm.batch else None
+    return torch.empty(2, x.shape[1], dtype=norm_act.sums_dtype(x), device=x.device) if norm.batch else None
 
 
 def _cut(stats: Tensor | None, start: int, length: int) -> Tensor | None:

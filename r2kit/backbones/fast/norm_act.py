@@ -344,6 +344,11 @@ class Norm(NamedTuple):
         return self if stats is None else self._replace(batch=False, running_mean=stats[0], running_var=stats[1])
 
 
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of statistics and sums over rows of `x`."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
 def activation(act: str, like: Tensor) -> Norm:
     """Return the activation alone, as a norm that changes nothing; `like` is (R, C)."""
     zeros, ones = like.new_zeros(like.shape[1]), like.new_ones(like.shape[1])
@@ -371,6 +376,10 @@ def forward(
         add: (R, C); with `y2`.
         y2: (R, C).
     """
+    if x.is_cuda:
+        from r2kit.backbones.fast import norm_act_gpu
+
+        return norm_act_gpu.forward(x, norm, stats, y, res=res, add=add, y2=y2)
     args = _args(x, norm, stats)
     _matrix(args, "res", res)
     _matrix(args, "add", add)
@@ -402,6 +411,10 @@ def backward(
         res: As given to `forward`.
         dres: (R, C), needed with `res` and no other tensor than that: its gradient is written here.
     """
+    if x.is_cuda:
+        from r2kit.backbones.fast import norm_act_gpu
+
+        return norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres)
     grads = torch.empty(2, x.shape[1], dtype=x.dtype)
     args = _args(x, norm, stats)
     _matrix(args, "dy", dy)

@@ -2,8 +2,9 @@
 
 Modules change their class and nothing else: `FastRes2Block` is a `Res2Block` with another `forward`. Parameters,
 buffers, state-dict keys, copies and training mode stay as they are, and `plain` gives the classes back. Each fast
-`forward` looks at what it is given and calls the plain one where it has nothing better: on a GPU, in reduced precision,
-while a graph is traced or exported, where a hook watches a part, and where a part is of a kind it does not know.
+`forward` looks at what it is given and calls the plain one where it has nothing better: in reduced precision on a CPU,
+while a graph is traced, compiled or exported, where a hook watches a part, and where a part is of a kind it does not
+know. On a GPU the fused units run, with Triton's kernels between torch's convolutions.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ __all__ = ["optimize", "optimize_with_reason", "plain"]
 def optimize(model: nn.Module) -> nn.Module:
     """Turn a network into its fast form, in place, and return it; outputs and gradients stay the same.
 
-    For 32- and 64-bit floats on a CPU with a C++ compiler; elsewhere the network stays as it is, and a warning says so.
-    The first call on a machine compiles for some seconds and keeps the result on disk.
+    For 32- and 64-bit floats on a CPU with a C++ compiler, and for a network on an NVIDIA or AMD GPU with Triton (under
+    autocast too; never measured on one); elsewhere the network stays as it is, and a warning says so. The first call on
+    a machine compiles for some seconds and keeps the result on disk.
 
     Args:
         model: Any network. Convolutions, and the units of Res2Net, Res2NetPlus and ResNet, become fast; other modules
@@ -47,10 +49,14 @@ def optimize(model: nn.Module) -> nn.Module:
 
 def optimize_with_reason(model: nn.Module) -> str:
     """Do what `optimize` does, and return one line that says what was done or why nothing was."""
-    if any(p.is_cuda or p.device.type == "mps" for p in model.parameters()):
-        return "off: the kernels are for the CPU, and the network is on another device"
+    devices = {p.device for p in model.parameters()}
+    if any(device.type not in ("cpu", "cuda") for device in devices):
+        return "off: the kernels are for CPUs and for GPUs with Triton, and the network is on another device"
+    for device in devices:
+        if device.type == "cuda" and (why := _gpu_refusal(device)):
+            return f"off: {why}"
     try:
-        for source in (norm_act.SOURCE, weight_grad.SOURCE, winograd.SOURCE, product.SOURCE):
+        for source in () if {device.type for device in devices} == {"cuda"} else _SOURCES:
             native.load(source)
     except native.NativeUnavailableError as error:
         return f"off: {error}"
@@ -82,14 +88,29 @@ def is_fast(model: nn.Module) -> bool:
     return any(type(module) in _PLAIN for module in model.modules())
 
 
+_SOURCES = (norm_act.SOURCE, weight_grad.SOURCE, winograd.SOURCE, product.SOURCE)
+
 # ------------------------------------------------------------------------------------------- what can be fast, when
 
 
-def _usable(x: Tensor, parts: Iterable[nn.Module]) -> bool:
-    """Whether a fast forward pass may take this input and these parts."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+def _gpu_refusal(device: torch.device) -> str | None:
+    """Return why a GPU has no kernels, or None."""
+    try:
+        from r2kit.backbones.fast import norm_act_gpu
+    except ImportError:
+        return "the network is on a GPU, and Triton is not installed (pip install triton)"
+    return norm_act_gpu.refusal(device)
+
+
+def _usable(x: Tensor, parts: Iterable[nn.Module], *, gpu: bool = True) -> bool:
+    """Whether a fast forward pass may take this input and these parts; `gpu`: whether there is one on a GPU."""
+    if type(x) is not Tensor or x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if x.is_cuda:
+        known = (torch.float16, torch.bfloat16, torch.float32)
+        if not gpu or x.dtype not in known or _gpu_refusal(x.device) is not None:
+            return False
+    elif x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
     # A mode that watches every operator (to count, to fake) would not see what the kernels do.
     if torch.utils._python_dispatch._get_current_dispatch_mode() is not None or _in_transform():
@@ -125,8 +146,13 @@ def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d)
     geometry, found = Conv.of(conv), _act(act)
-    tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    if geometry is None or found is None or any(t is not None and not _fits(t, x) for t in tensors):
+    weight, bias = conv.weight, conv.bias
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    sums = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    if geometry is None or found is None or any(t is not None and not _fits(t, x) for t in (weight, bias)):
+        return None
+    if any(t is not None and not _fits(t, x) and t.dtype != norm_act.sums_dtype(x) for t in sums):
         return None
     batch = bn.training or bn.running_mean is None
     moved = bn.training and bn.track_running_stats
@@ -135,7 +161,12 @@ def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act
     running = (bn.running_mean, bn.running_var) if moved or not batch else (None, None)
     momentum = 0.0 if bn.momentum is None else bn.momentum
     norm = Norm(*found, act_first, batch, bn.eps, momentum, bn.weight, bn.bias, *running)
-    return ConvNorm(geometry, conv.weight, conv.bias, norm)
+    return ConvNorm(geometry, weight, bias, norm)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Return the input as autocast would give it to a convolution on a GPU; elsewhere as it is."""
+    return x.to(torch.get_autocast_dtype("cuda")) if x.is_cuda and torch.is_autocast_enabled("cuda") else x
 
 
 def _fits(tensor: Tensor, x: Tensor) -> bool:
@@ -162,7 +193,13 @@ class FastConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, K, OH, OW)."""
         geometry = Conv.of(self)
-        if geometry is None or self.groups > 1 or not _usable(x, ()) or x.dim() != 4 or not _fits(self.weight, x):
+        if (
+            geometry is None
+            or self.groups > 1
+            or not _usable(x, (), gpu=False)
+            or x.dim() != 4
+            or not _fits(self.weight, x)
+        ):
             return super().forward(x)
         return functions.conv_norm(ConvNorm(geometry, self.weight, self.bias, None), x)
 
@@ -172,7 +209,7 @@ class FastMish(nn.Mish):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply Mish to a tensor of any shape."""
-        if not _usable(x, ()) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        if not _usable(x, (), gpu=False) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         return functions.activation("mish", x)
 
@@ -191,7 +228,7 @@ class FastSequential(nn.Sequential):
                 i += 1
             else:
                 part, bn, length = found
-                x = functions.conv_norm(part, x) if _step([bn]) else _each(modules[i : i + length], x)
+                x = functions.conv_norm(part, _cast(x)) if _step([bn]) else _each(modules[i : i + length], x)
                 i += length
         return x
 
@@ -255,6 +292,7 @@ def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module, int] |
         return None
     identity = nn.Identity()
     part = None
+    x = _cast(x)
     if isinstance(modules[1], nn.BatchNorm2d):
         bn, length = modules[1], 3
         if len(modules) == 3:
@@ -306,14 +344,15 @@ def _run(
     parts = [block.conv1, *convs, block.conv3, *bns, *acts]
     if not all(_does_nothing(module) for module in idle) or not _usable(x, parts):
         return plain_forward(x)
+    given, x = x, _cast(x)
     first = _conv_norm(block.conv1, bns[0], acts[0], x, act_first=orders[0])
     found = [_conv_norm(*trio, x, act_first=orders[1]) for trio in zip(convs, bns[1:-1], acts[1:-1], strict=True)]
     inner = tuple(part for part in found if part is not None)
     last = _conv_norm(block.conv3, bns[-1], acts[-1], x, act_first=False)
     if first is None or last is None or len(inner) < len(found):
-        return plain_forward(x)
+        return plain_forward(given)
     if any(_single_value(part, x) for part in (first, inner[0])) or not _step(bns):
-        return plain_forward(x)
+        return plain_forward(given)
     pool = getattr(block, "pool", None)
     spec = UnitSpec(
         first,
@@ -325,7 +364,7 @@ def _run(
         published_sum=getattr(block, "published_sum", False),
     )
     x = x.contiguous(memory_format=torch.channels_last)
-    shortcut = None if _does_nothing(block.downsample) else block.downsample(x)
+    shortcut = None if _does_nothing(block.downsample) else block.downsample(x).to(x.dtype)
     return functions.unit(spec, x, shortcut)
 
 
