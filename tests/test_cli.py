@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from r2kit import __version__
+from r2kit import __version__, doctor
 from r2kit.cli import main
 from r2kit.recipe_file import load_recipe, packaged_recipes
 
@@ -138,6 +139,16 @@ def test_doctor_names_versions_and_device(capsys):
     assert code == 0
     for word in ("python ", "torch ", "CPU", "torch.compile", "cache:"):
         assert word in out
+
+
+def test_doctor_names_every_extra_that_is_missing(monkeypatch):
+    file = Path(__file__).parent.parent / "pyproject.toml"
+    extras = set(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["optional-dependencies"])
+    monkeypatch.setattr(doctor, "_importable", lambda module: False)
+    said = [line for line in doctor.examine() if line.startswith("missing: ")]
+    assert {line.split('"r2kit[')[1].rstrip(']"') for line in said} == extras - {"all", "dev", "docs"}
+    monkeypatch.setattr(doctor, "_importable", lambda module: True)
+    assert "every optional part is installed" in list(doctor.examine())
 
 
 def test_evaluate_and_predict(capsys, finished_run, image_folder, tmp_path):
