@@ -67,27 +67,35 @@ template <class T> static Tile<T> tile_of(int64_t rows) {
   return found[rows - 1];
 }
 
-// 4 x 4 values with rows and columns exchanged.
-template <class V> static inline void turn(V (&r)[4]) {
-  V a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  V c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-}
 typedef float F4 __attribute__((vector_size(16)));
 typedef double D4 __attribute__((vector_size(32)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef int64_t L4 __attribute__((vector_size(32)));
 template <class T> struct Four;
-template <> struct Four<float> { using V = F4; };
-template <> struct Four<double> { using V = D4; };
+template <> struct Four<float> { using V = F4; using Index = I4; };
+template <> struct Four<double> { using V = D4; using Index = L4; };
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC knows the other name from 12 on
+#define PICK(a, b, ...) __builtin_shuffle(a, b, typename Four<T>::Index{__VA_ARGS__})
+#endif
+// 4 x 4 values with rows and columns exchanged.
+template <class T> static inline void turn(typename Four<T>::V (&r)[4]) {
+  auto a = PICK(r[0], r[1], 0, 4, 1, 5), b = PICK(r[0], r[1], 2, 6, 3, 7);
+  auto c = PICK(r[2], r[3], 0, 4, 1, 5), d = PICK(r[2], r[3], 2, 6, 3, 7);
+  r[0] = PICK(a, c, 0, 1, 4, 5);
+  r[1] = PICK(a, c, 2, 3, 6, 7);
+  r[2] = PICK(b, d, 0, 1, 4, 5);
+  r[3] = PICK(b, d, 2, 3, 6, 7);
+}
 
 // out[k] = w[k * w_k + (0 .. 3) * w_n] for four k; zeros from `count` and `wide` on.
 template <class T> static inline void fetch(const T* w, int64_t w_k, int64_t w_n, int64_t count, int64_t wide,
                                             typename Four<T>::V (&out)[4]) {
   if (count >= 4 && wide >= 4 && (w_k == 1 || w_n == 1)) {
     for (int i = 0; i < 4; i++) memcpy(&out[i], w + i * (w_n == 1 ? w_k : w_n), sizeof(out[i]));
-    if (w_n != 1) turn(out);
+    if (w_n != 1) turn<T>(out);
     return;
   }
   for (int64_t k = 0; k < 4; k++)
