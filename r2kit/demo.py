@@ -29,8 +29,9 @@ from PIL import Image
 from r2kit import plots
 from r2kit.data.reader import read_image
 from r2kit.draw import GIVEN, draw_boxes
-from r2kit.errors import R2kitError, RunError
+from r2kit.errors import DataError, R2kitError, RunError
 from r2kit.explain import Explainer, Look
+from r2kit.explain.question import windows
 from r2kit.maps.network import ground_tile
 from r2kit.maps.scene import Scene, Window2d
 from r2kit.page import template, thumbnail_of
@@ -41,6 +42,8 @@ MAX_UPLOAD = 32 * 2**20
 """Bytes of an uploaded file at most."""
 MAX_DECODED = 256 * 2**20
 """Bytes of its pixels at most: 64 million of them in four bytes each."""
+MAX_TILES = 64
+"""Tiles of an uploaded image at most, where the network sees tiles: a person waits for the answer."""
 _WAITING = 4  # requests that are computed or wait for it; more are sent away
 _PATIENCE = 30.0  # seconds for which a silent connection is kept
 _OVERVIEW = 1600  # pixels of the longer side of the scene on the page
@@ -133,7 +136,16 @@ class Demo:
         Returns:
             `rows`: [name, share] of the most likely classes, the largest classes of pixels, or the surest boxes;
             `what`: what the shares are; `pictures`: [URL, caption]; `note`: why there is no evidence, or None.
+
+        Raises:
+            DataError: If the network sees the image in more tiles than a person would wait for.
         """
+        count = len(windows(self.run.preprocess, (raw.shape[0], raw.shape[1])))
+        if count > MAX_TILES:
+            raise DataError(
+                f"the image has {count} tiles, and this page looks at {MAX_TILES} at most: start it with --scene and "
+                "click on a place, or use r2kit predict"
+            )
         with self._busy:
             look = self.explainer.look(raw)
             if look is None:

@@ -227,7 +227,7 @@ def test_a_silent_connection_is_not_kept(finished_run, monkeypatch):
 
 
 @pytest.mark.parametrize(("fixture", "pictures"), [("pond_run", 3), ("detection_run", 3), ("several_run", 2)])
-def test_other_tasks(request, fixture, pictures):
+def test_other_tasks(request, monkeypatch, fixture, pictures):
     run = request.getfixturevalue(fixture)
     data = run.datamodule()
     data.setup()
@@ -235,6 +235,10 @@ def test_other_tasks(request, fixture, pictures):
     answers = [page.answer(data.source.read(int(row))) for row in data.split.test]
     found = next(answer for answer in answers if answer["rows"])
     assert len(found["pictures"]) == pictures
+    if run.preprocess.resize == "tile":
+        monkeypatch.setattr(module, "MAX_TILES", 3)
+        with pytest.raises(DataError, match=r"the image has \d tiles, and this page looks at 3 at most"):
+            page.answer(data.source.read(int(data.split.test[0])))
     assert 0 < found["rows"][0][1] <= 1
 
 

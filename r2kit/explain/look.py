@@ -88,7 +88,12 @@ class Explainer:
         self.model = run.model().eval().to(self.device, torch.float32)
 
     def look(
-        self, raw: NDArray[Any], wanted: str | None = None, near: NDArray[np.float32] | None = None
+        self,
+        raw: NDArray[Any],
+        wanted: str | None = None,
+        near: NDArray[np.float32] | None = None,
+        *,
+        tiles: int | None = None,
     ) -> Look | None:
         """Explain one image.
 
@@ -96,6 +101,7 @@ class Explainer:
             raw: (H, W, C) raw pixels with the run's bands.
             wanted: The class; by default the predicted one.
             near: A detection: see `question.ask`.
+            tiles: Of an image that the network sees in tiles, at most so many, evenly spread; None looks at all.
 
         Returns:
             None where there is nothing to explain, see `question.ask`.
@@ -106,7 +112,8 @@ class Explainer:
         if wanted is not None:
             allowed_class(wanted, self.classes, "--target")
         best: tuple[Question, tuple[slice, slice], Tensor] | None = None
-        for window in windows(self.preprocess, (raw.shape[0], raw.shape[1])):
+        places = windows(self.preprocess, (raw.shape[0], raw.shape[1]))
+        for window in places if tiles is None else places[:: -(-len(places) // tiles)]:
             image = as_input(self.preprocess, raw[window]).to(self.device)
             question = ask(self.model, self.run.recipe, self.classes, image, wanted=wanted, near=near)
             if question is not None and (best is None or question.strength > best[0].strength):

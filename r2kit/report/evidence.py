@@ -16,6 +16,7 @@ from r2kit.result import Result
 from r2kit.run import Run
 
 _EXPLAINED = 4  # images
+_TILES = 8  # of a large image, which would otherwise take longer than all the rest of the report
 _WORDS = {
     "gradcam": "Grad-CAM of the deepest stage that still says where",
     "hirescam": "HiResCAM of the deepest stage that still says where",
@@ -44,9 +45,11 @@ def evidence_tiles(run: Run, module: DataModule, figures: Result) -> tuple[list[
     wanted = _wanted(figures)
     try:
         explainer = explain.Explainer(run)
-        for row in rows[: 4 * _EXPLAINED]:
+        for row in rows[: 2 * _EXPLAINED]:
             raw = module.source.read(int(row))
-            look = next((found for name in wanted if (found := explainer.look(raw, name)) is not None), None)
+            look = next(
+                (found for name in wanted if (found := explainer.look(raw, name, tiles=_TILES)) is not None), None
+            )
             if look is None:
                 continue
             tiles += [

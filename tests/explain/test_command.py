@@ -84,6 +84,16 @@ def test_a_segmentation_is_explained_in_its_tiles_with_its_own_masks(pond_run, t
     assert found.sentences[-1].endswith("not shown")
 
 
+def test_a_large_image_may_be_looked_at_in_a_few_of_its_tiles(pond_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("r2kit.explain.look.ask", lambda *given, **named: seen.append(given[3].shape))
+    explainer, raw = Explainer(pond_run), np.zeros((96, 160, 3), dtype=np.uint8)
+    for tiles, count in ((None, 15), (4, 4), (100, 15)):
+        seen.clear()
+        assert explainer.look(raw, tiles=tiles) is None
+        assert seen == [(1, 3, 32, 32)] * count
+
+
 def test_what_is_not_found_is_said(pond_run, detection_run, monkeypatch, tmp_path):
     for run, words in ((pond_run, "no pixel is predicted as 'pond'"), (detection_run, "no box of 'bar' is found")):
         monkeypatch.setattr("r2kit.explain.look.ask", lambda *given, **named: None)
