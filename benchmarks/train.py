@@ -247,9 +247,9 @@ TRAININGS = {
 }
 
 
-def make_data(root: Path, out: Path, train: int, val: int) -> Path:
-    """Links to the first images of every class of a folder, as train/CLASS and val/CLASS."""
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+def make_data(root: Path, out: Path, train: int, val: int, classes: int) -> Path:
+    """Links to the first images of the first classes of a folder, as train/CLASS and val/CLASS."""
+    for folder in sorted(path for path in root.iterdir() if path.is_dir())[:classes]:
         images = sorted(path for path in folder.iterdir() if path.is_file())[: train + val]
         for number, path in enumerate(images):
             place = out / ("train" if number < train else "val") / folder.name / path.name
@@ -346,6 +346,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--classes", type=int, default=30, help="the first ones of the folder")
     parser.add_argument("--train", type=int, default=64, help="training images of each class")
     parser.add_argument("--val", type=int, default=16, help="validation images of each class")
     parser.add_argument("--rounds", type=int, default=3)
@@ -363,7 +364,7 @@ def main() -> None:
     names = options.only or [name for name in TRAININGS if name != "timm train.py" or options.timm_script is not None]
     rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
-        data = make_data(options.root, Path(folder) / "data", options.train, options.val)
+        data = make_data(options.root, Path(folder) / "data", options.train, options.val, options.classes)
         for number in range(options.rounds):
             seeded = argparse.Namespace(**{**vars(options), "seed": options.seed + number})
             sys.argv[1:] = [*sys.argv[1:], "--seed", str(seeded.seed)]
