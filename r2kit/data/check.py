@@ -175,7 +175,7 @@ def _with_command(finding: Finding, command: str, files: dict[str, str]) -> Find
         name = {SPLIT_FILE: "split", CLEAN_FILE: "clean"}[finding.change]
         items = [finding.change.format(**files)] if name in files else []
     else:
-        items = finding.change.split()
+        items = shlex.split(finding.change)
     return dataclasses.replace(finding, change=f"{command} {shlex.join(items)}" if items else "")
 
 

@@ -26,7 +26,7 @@ class Finding:
     pairs: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """(N, M) rows of the manifest to look at, M of them together; of a leak, first the one that should give way."""
     change: str = ""
-    """What mends it, as a change of the recipe (key.path=value items with a space between) or as a whole command that
+    """What mends it, as a change of the recipe (key.path=value items as a shell reads them) or as a whole command that
     begins with `r2kit `, with ``{data}`` for the data; `SPLIT_FILE` or `CLEAN_FILE` where the check writes the file."""
 
 

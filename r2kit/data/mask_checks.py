@@ -5,6 +5,8 @@ Masks of another size than their image, or with a value that no class has, are a
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import cast
 
 import numpy as np
@@ -50,5 +52,5 @@ def _without(source: Source, missing: list[str]) -> str:
     if meaning is None or meaning.threshold is not None or meaning.colours:
         return STATS
     value = {meaning.classes[p]: int(v) for v, p in zip(meaning.values, meaning.positions, strict=True) if p < 255}
-    kept = ",".join(f"{name}:{v}" for name, v in value.items() if name not in missing)
-    return f"data.masks.classes={{{kept}}}"
+    kept = {name: v for name, v in value.items() if name not in missing}
+    return shlex.quote(f"data.masks.classes={json.dumps(kept, ensure_ascii=False)}")  # JSON is YAML

@@ -141,7 +141,9 @@ def fit(
 def _no_memory(trainer: L.Trainer, batch: Batch, run: Run) -> str:
     """Say where memory ran out, and the two ways on: the same with more room, or smaller passes from the start."""
     where = f"epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}"
-    smaller = f"train.batch_size={max(2, batch.size // 2)} train.accumulate={batch.passes * 2} --overwrite"
+    smaller = f"train.batch_size={batch.size // 2} train.accumulate={batch.passes * 2} --overwrite"
+    if batch.size < 4:  # one image has no BatchNorm
+        smaller = "a smaller data.image_size or model.name, and --overwrite"
     kept = "from its last checkpoint " if run.last_checkpoint.is_file() else ""
     return (
         f"{where}: out of memory, though a trial step with {batch.size} images fitted; if something else took the "

@@ -173,7 +173,8 @@ def test_masks_are_checked(mask_folder: Path, tmp_path: Path) -> None:
     odd = np.asarray(Image.open(root / "masks" / "2.png")).copy()
     odd[0, 0] = 77  # no class has it
     Image.fromarray(odd).save(root / "masks" / "2.png")
-    overrides = ["task.kind=segmentation", "data.masks.classes={land: 0, road: 255, sea: 3}", "data.masks.ignore=[9]"]
+    classes = "data.masks.classes={bare land: 0, road: 255, sea: 3}"
+    overrides = ["task.kind=segmentation", classes, "data.masks.ignore=[9]"]
     found = {finding.kind: finding for finding in check(root, *overrides).findings}
     assert found["files"].untrue
     assert found["files"].text.startswith("2 image(s) cannot be used, e.g. ")
@@ -183,8 +184,8 @@ def test_masks_are_checked(mask_folder: Path, tmp_path: Path) -> None:
     assert found["masks"].change.endswith("/out/clean.csv")
     assert sorted(pd.read_csv(tmp_path / "out" / "clean.csv")["id"].str[7:-4].astype(int)) == list(range(3, 12))
     assert found["classes"].text == "no pixel of class sea"
-    assert found["classes"].change == "train 'data.masks.classes={land:0,road:255}'"
-    mended = ["data.masks.classes={land: 0, road: 255}", f"data.split_file={tmp_path}/out/clean.csv"]
+    assert found["classes"].change == """train 'data.masks.classes={"bare land": 0, "road": 255}'"""
+    mended = [shlex.split(found["classes"].change)[1], f"data.split_file={tmp_path}/out/clean.csv"]
     mended += ["data.on_bad_file=skip"]
     assert not {"masks", "classes"} & {finding.kind for finding in check(root, *overrides, *mended).findings}
 
