@@ -191,10 +191,11 @@ def _training(run: Run) -> str:
     epochs = "1 epoch" if recipe.train.epochs == 1 else f"{recipe.train.epochs} epochs"
     kept = run.info.get("best_epoch")
     chosen = "" if kept is None else f"; the weights of epoch {kept + 1} were kept, chosen on the validation images"
-    return (
-        f"From {start}, {epochs} with {recipe.train.optimizer}, augmentation "
-        f"`{recipe.augment.preset}`, seed {recipe.seed}{chosen}."
-    )
+    by: str = recipe.train.optimizer
+    if "fastai" in run.info:
+        names = dict.fromkeys(str(fit["optimizer"]) for fit in run.info["fastai"]["fits"])
+        by = " and ".join([*names, f"fastai {run.info['fastai']['version']}"])
+    return f"From {start}, {epochs} with {by}, augmentation `{recipe.augment.preset}`, seed {recipe.seed}{chosen}."
 
 
 def _few(names: tuple[str, ...], most: int = 30) -> str:

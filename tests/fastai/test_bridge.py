@@ -290,9 +290,19 @@ def test_a_trained_learner_becomes_a_run_that_every_command_accepts(fa, kept, im
     assert "(ParamScheduler, MixUp)" in page
     assert "learning rate, at most" not in page
     assert "the same run again" not in page
+    card = (run.path / "model_card.md").read_text()
+    assert "3 epochs with Adam and fastai" in card
+    assert "trains it again" not in card
     rows = pd.read_csv(run.metrics_csv)
     assert rows["epoch"].tolist() == [0, 1, 2]
     assert np.isnan(rows["train_acc"].iloc[-1])
+
+
+def test_the_run_is_explained(kept, tmp_path, capsys):
+    code, out, err = command(capsys, "explain", kept[1].path, "--limit", 2, "--out", tmp_path / "explained")
+    assert (code, err) == (0, "")
+    assert "written" in out
+    assert (tmp_path / "explained" / "index.html").is_file()
 
 
 @pytest.mark.filterwarnings("ignore")  # exporters deprecate parts of themselves in every release
