@@ -1,8 +1,8 @@
 """Runs side by side: paired differences on the same images, with their intervals and their cost, in plain sentences.
 
-Every figure comes from the stored predictions of the runs. The difference of two runs is taken image by image, so that
-images that are hard for both do not blur it; where a model was trained with several seeds, what is averaged is the
-difference of each seed, and the interval is over the seeds.
+Every figure is the headline figure of the runs' task (`result.paired.FIGURES`), from their stored predictions. The
+difference of two runs is taken on images drawn for both, so that images that are hard for both do not blur it; where a
+model was trained with several seeds, what is averaged is the difference of each seed, and the interval is over them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pandas as pd
 import scipy.stats
 from numpy.typing import NDArray
 from rich.console import Console
@@ -28,7 +27,10 @@ from r2kit.console import duration, make_console, quiet_libraries, table
 from r2kit.errors import RunError
 from r2kit.recipe import Recipe
 from r2kit.recipe_file import load_recipe
-from r2kit.run import Run, write_atomic
+from r2kit.result import paired
+from r2kit.result.paired import FIGURES, Judged
+from r2kit.run import Run, unknown_kind, write_atomic
+from r2kit.tasks import TASKS
 from r2kit.train import finetune
 
 _ROUNDS = 5  # batches that each network's speed is the median of
@@ -45,8 +47,8 @@ class Cost:
         epochs: Trained.
         train_seconds: Seconds of training, on the device of the run; the mean over the seeds.
         device: Where it was trained.
-        swing: Mean change of the validation accuracy from one epoch to the next, up or down: how unsteady the training
-            was; the mean over the seeds. None with a single epoch.
+        swing: Mean change of the validation figure that chose the best epoch, from one epoch to the next, up or down:
+            how unsteady the training was; the mean over the seeds. None with a single epoch.
     """
 
     parameters: int
@@ -60,19 +62,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Entry:
-    """One side of a comparison: the runs of one name, one for each seed, with their accuracy and their cost."""
+    """One side of a comparison: the runs of one name, one for each seed, with their figure and their cost."""
 
     name: str
     seeds: tuple[int, ...]
-    accuracy: tuple[float, ...]
+    by_seed: tuple[float, ...]
     interval: metrics.Interval
-    """Of the accuracy: over images or groups for one seed, over the seeds for several."""
+    """Of the figure: over images or groups for one seed, over the seeds for several."""
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The accuracy of an entry minus that of the first one, on the same images."""
+    """The figure of an entry minus that of the first one, on the same images."""
 
     name: str
     by_seed: tuple[float, ...]
@@ -84,12 +86,14 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
+        figure: What is compared, in words.
         images: Images that every run of a seed answered, by seed.
         entries: In the order given; the first is what the others are compared with.
         differences: One for each entry but the first.
         sentences: The same in words.
     """
 
+    figure: str
     images: dict[int, int]
     entries: tuple[Entry, ...]
     differences: tuple[Difference, ...]
@@ -122,7 +126,7 @@ def compare_runs(
     if len(runs) < 2:
         raise RunError("compare: needs two runs at least")
     grouped = _group(runs)
-    answers = {name: {run.recipe.seed: _answers(run) for run in mine} for name, mine in grouped.items()}
+    answers = {name: {run.recipe.seed: paired.judge_run(run) for run in mine} for name, mine in grouped.items()}
     seeds = _common_seeds(grouped)
     pairs = {number: _paired({name: found[number] for name, found in answers.items()}) for number in seeds}
     rates = _speed({name: mine[0] for name, mine in grouped.items()}) if speed else {}
@@ -132,7 +136,8 @@ def compare_runs(
     )
     differences = tuple(_difference(entry.name, entries[0].name, pairs, seed) for entry in entries[1:])
     sentences = tuple(_sentence(entries[0].name, difference) for difference in differences)
-    found = Comparison({n: len(frame) for n, frame in pairs.items()}, entries, differences, sentences)
+    images = {number: len(next(iter(pair.values())).ids) for number, pair in pairs.items()}
+    found = Comparison(FIGURES[runs[0].recipe.task.kind], images, entries, differences, sentences)
     if out is not None:
         _write(found, Path(out))
     return found
@@ -192,7 +197,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
         ]
         for entry in found.entries
     ]
-    columns = ["network", "accuracy", "params (M)", "GMACs", "images/s", "epochs", "training", "swing (points)"]
+    columns = ["network", found.figure, "params (M)", "GMACs", "images/s", "epochs", "training", "swing (points)"]
     console.print(table(_what(found), columns, rows))
     for sentence in found.sentences:
         console.print(sentence)
@@ -205,8 +210,11 @@ def _group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by network; those of one network must differ in the seed alone, else each is named after its folder."""
     by_model: dict[str, list[Run]] = {}
     for run in runs:
-        if run.recipe.task.kind != "classification":
-            raise RunError(f"{run.path}: compare knows classification, and this run is of {run.recipe.task.kind}")
+        kind, first = run.recipe.task.kind, runs[0].recipe.task.kind
+        if kind not in FIGURES:
+            raise unknown_kind(run, "compare")
+        if kind != first:
+            raise RunError(f"compare: {run.path} is of {kind}, and {runs[0].path} of {first}; compare runs of one task")
         by_model.setdefault(run.recipe.model.name, []).append(run)
     plain = all(
         len({run.recipe.seed for run in mine}) == len(mine)
@@ -238,63 +246,52 @@ def _common_seeds(grouped: dict[str, list[Run]]) -> list[int]:
     return sorted(common)
 
 
-def _answers(run: Run) -> pd.DataFrame:
-    """Columns id, label, right, group of the reported split."""
-    try:
-        split = json.loads(run.metrics_json.read_text(encoding="utf-8"))["split"]
-        stored = pd.read_parquet(run.predictions(split))
-    except (OSError, ValueError, KeyError):
-        raise RunError(f"{run.path}: has no stored predictions; run r2kit evaluate {run.path}") from None
-    right = (stored["label"] == stored["pred"]).astype(np.float64)
-    return pd.DataFrame({"id": stored["id"], "label": stored["label"], "right": right, "group": stored["group"]})
+Pair = dict[str, Judged]
+"""What each network said of the same images, in the same order."""
 
 
-def _paired(answers: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row an image, indexed by id: `group`, and one column of right answers for each network.
+def _paired(answers: Pair) -> Pair:
+    """Bring all networks to the order of the first one's images.
 
     Raises:
         RunError: If the networks did not answer the same images, or their labels differ.
     """
     names = list(answers)
-    first = answers[names[0]].set_index("id")
-    paired = first[["group"]].copy()
+    first = answers[names[0]]
+    same: Pair = {}
     for name, found in answers.items():
-        mine = found.set_index("id")
-        if set(mine.index) != set(first.index):
+        if set(found.ids) != set(first.ids):
             raise RunError(
                 f"compare: {name} and {names[0]} held out different images "
-                f"({len(set(mine.index) ^ set(first.index))} are not in both); train them with one recipe and seed, or "
+                f"({len(set(found.ids) ^ set(first.ids))} are not in both); train them with one recipe and seed, or "
                 "with one data.split_file"
             )
-        mine = mine.loc[first.index]
-        if (mine["label"] != first["label"]).any():
+        place = {identity: row for row, identity in enumerate(found.ids)}
+        mine = found.at(np.array([place[identity] for identity in first.ids], dtype=np.int64))
+        if (mine.truth != first.truth).any():
             raise RunError(f"compare: {name} and {names[0]} were given different labels for the same images")
-        paired[name] = mine["right"]
-    return paired
+        same[name] = mine
+    return same
 
 
-def _entry(name: str, runs: list[Run], pairs: dict[int, pd.DataFrame], rate: float | None, seed: int) -> Entry:
-    """Accuracy and cost of one network."""
+def _entry(name: str, runs: list[Run], pairs: dict[int, Pair], rate: float | None, seed: int) -> Entry:
+    """Figure and cost of one network."""
     runs = sorted(runs, key=lambda run: run.recipe.seed)
-    accuracy = tuple(float(frame[name].mean()) for frame in pairs.values())
-    return Entry(name, tuple(pairs), accuracy, _interval(name, None, pairs, seed), _cost(runs, rate))
+    by_seed = tuple(pair[name].value for pair in pairs.values())
+    if len(pairs) == 1:
+        found = paired.interval(next(iter(pairs.values()))[name], seed=seed)
+    else:
+        found = seeds_interval(np.array(by_seed), bounds=(0.0, 1.0))
+    return Entry(name, tuple(pairs), by_seed, found, _cost(runs, rate))
 
 
-def _difference(name: str, base: str, pairs: dict[int, pd.DataFrame], seed: int) -> Difference:
-    """Accuracy of one network minus that of another."""
-    by_seed = tuple(float((frame[name] - frame[base]).mean()) for frame in pairs.values())
-    return Difference(name, by_seed, _interval(name, base, pairs, seed))
-
-
-def _interval(name: str, base: str | None, pairs: dict[int, pd.DataFrame], seed: int) -> metrics.Interval:
-    """Interval of an accuracy or a difference: bootstrap over images for one seed, Student's t over several."""
-    columns = [frame[name] - (frame[base] if base is not None else 0.0) for frame in pairs.values()]
-    bounds = (0.0, 1.0) if base is None else (-1.0, 1.0)
-    if len(columns) == 1:
-        group = next(iter(pairs.values()))["group"]
-        given = group.to_numpy(object) if group.notna().any() else None
-        return metrics.bootstrap_interval(columns[0].to_numpy(), given, bounds=bounds, seed=seed)
-    return seeds_interval(np.array([column.mean() for column in columns]), bounds=bounds)
+def _difference(name: str, base: str, pairs: dict[int, Pair], seed: int) -> Difference:
+    """Figure of one network minus that of another: over images for one seed, Student's t over several."""
+    by_seed = tuple(pair[name].value - pair[base].value for pair in pairs.values())
+    if len(pairs) == 1:
+        pair = next(iter(pairs.values()))
+        return Difference(name, by_seed, paired.difference(pair[base], pair[name], seed=seed))
+    return Difference(name, by_seed, seeds_interval(np.array(by_seed), bounds=(-1.0, 1.0)))
 
 
 def seeds_interval(
@@ -334,8 +331,8 @@ def _cost(runs: list[Run], rate: float | None) -> Cost:
 
 
 def _swing(run: Run) -> float | None:
-    """Mean absolute change of the validation accuracy between epochs."""
-    history = run.read_table(run.metrics_csv)["val_acc"]
+    """Mean absolute change between epochs of what the validation judges by."""
+    history = run.read_table(run.metrics_csv)[TASKS[run.recipe.task.kind].monitor]
     return float(history.diff().abs().mean()) if len(history) > 1 else None
 
 

@@ -235,15 +235,25 @@ def mean_average_precision_interval(
         n: Number of redraws.
         seed: Seed of the redraws.
     """
+    # One column an image: what is summed over a redraw is how often each image came.
+    once = scipy.sparse.csr_array(scipy.sparse.identity(len(np.asarray(probs)), format="csr"))
+    return bootstrap_interval(once, groups, statistic=redrawn_mean_average_precision(probs, held), n=n, seed=seed)
+
+
+def redrawn_mean_average_precision(probs: ArrayLike, held: ArrayLike) -> Statistic:
+    """Return the function from (R, N), how often each image was drawn, to `mean_average_precision` (R,).
+
+    Args:
+        probs: (N, K).
+        held: (N, K) bool.
+    """
     scores, labels = np.asarray(probs, dtype=np.float64), np.asarray(held, dtype=bool)
 
     def redrawn(weight: FloatArray) -> FloatArray:
         each = [average_precision(p, h, weight) for p, h in zip(scores.T, labels.T, strict=True)]
         return _rows_mean_of_known(np.stack(each, axis=1))
 
-    # One column an image: what is summed over a redraw is how often each image came.
-    once = scipy.sparse.csr_array(scipy.sparse.identity(len(scores), format="csr"))
-    return bootstrap_interval(once, groups, statistic=redrawn, n=n, seed=seed)
+    return redrawn
 
 
 def f1_of_labels(held: ArrayLike, given: ArrayLike) -> tuple[float, float]:

@@ -225,7 +225,12 @@ def explain(
 
 def export(
     run: RunArgument,
-    to: Annotated[str, typer.Option(help="Formats, separated by commas: onnx, torch-export, openvino.")] = "onnx",
+    to: Annotated[
+        str, typer.Option(help="Formats, separated by commas: onnx, torch-export, openvino, coreml.")
+    ] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, separated by commas; what the last two lose is measured.")
+    ] = "fp32",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default export in the run's folder.")] = None,
 ) -> None:
     """Write the network for other programs, each file checked against PyTorch on real images."""
@@ -235,21 +240,32 @@ def export(
 
     quiet_libraries()
     opened = Run.open(run)
-    made = write_exports(opened, [name.strip() for name in to.split(",")], out=out)
+    formats, precisions = ([name.strip() for name in given.split(",")] for given in (to, precision))
+    made = write_exports(opened, formats, precisions, out=out)
+    batches = sorted({batch for one in made for batch in one.milliseconds})
     rows = [
         [
             one.format,
+            one.precision,
             one.file,
-            f"{one.difference:.1e}",
+            "not run here" if one.difference is None else f"{one.difference:.1e}",
+            "none" if one.precision == "fp32" else "not measured" if one.loss is None else one.loss.words(),
             one.megabytes,
-            *(f"{ms:.1f}" for ms in one.milliseconds.values()),
+            *(f"{one.milliseconds[batch]:.1f}" if batch in one.milliseconds else "-" for batch in batches),
         ]
         for one in made
     ]
-    batches = [f"ms, batch {batch}" for batch in made[0].milliseconds]
-    columns = ["format", "file", "largest difference", "MB", *batches]
+    columns = ["format", "precision", "file", "largest difference", "lost", "MB", *(f"ms, batch {n}" for n in batches)]
     console = make_console()
-    console.print(table("against PyTorch, on this CPU", columns, rows, numbers_from=2))
+    console.print(table("against PyTorch, on this CPU", columns, rows, numbers_from=3))
+    judged = next((one.loss for one in made if one.loss is not None), None)
+    if judged is not None:
+        console.print(
+            f"lost: {judged.figure} on {judged.images} {judged.split} images, where PyTorch has "
+            f"{100 * judged.pytorch:.1f} %; in brackets the 95 % interval, paired over these images"
+        )
+    if any(one.difference is None for one in made):
+        console.print("CoreML runs on macOS alone: what was written here is not compared with PyTorch")
     console.print(f"written: {out or opened.path / 'export'}, with export.json and a golden pair of images and answers")
 
 
