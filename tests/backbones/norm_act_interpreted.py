@@ -85,7 +85,8 @@ def check_unit():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    assert norm_act_gpu.refusal(torch.device("cpu")) is None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert norm_act_gpu.refusal(torch.device("cpu")) is None
     for case in CASES:
         check_kernel(*case)
     check_large_mean()
