@@ -15,7 +15,7 @@ from r2kit.callbacks import Recorder
 from r2kit.data.datamodule import DataModule
 from r2kit.data.resize import resize_batch, scaled_size
 from r2kit.errors import RecipeError
-from r2kit.recipe import TrainSpec
+from r2kit.recipe import Recipe, TrainSpec
 from r2kit.recipe_file import to_yaml
 from r2kit.stopping import Patience, TimeLimit
 from r2kit.tasks import ClassificationTask
@@ -175,7 +175,7 @@ def test_an_early_stop_is_remembered(train, monkeypatch):
 def test_a_plateau_lowers_the_rate():
     class Module(ClassificationTask):
         def __init__(self):
-            self.reductions, self.final_form = 0, True
+            self.reductions, self.final_form, self.recipe = 0, True, Recipe()
 
         def set_reductions(self, reductions):
             self.reductions = reductions
