@@ -368,7 +368,8 @@ def main() -> None:
         for number in range(options.rounds):
             seeded = argparse.Namespace(**{**vars(options), "seed": options.seed + number})
             sys.argv[1:] = [*sys.argv[1:], "--seed", str(seeded.seed)]
-            turn = names[number % len(names) :] + names[: number % len(names)]
+            first = seeded.seed % len(names)  # another one begins each time
+            turn = names[first:] + names[:first]
             found = {name: measure(name, seeded, data) for name in turn}
             rounds.append({name: found[name] for name in names})
             for name in names:
