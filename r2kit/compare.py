@@ -218,7 +218,7 @@ def _group(runs: Sequence[Run]) -> dict[str, list[Run]]:
         by_model.setdefault(run.recipe.model.name, []).append(run)
     plain = all(
         len({run.recipe.seed for run in mine}) == len(mine)
-        and len({run.recipe.model_copy(update={"seed": 0, "name": "x"}) for run in mine}) == 1
+        and len({run.recipe.model_copy(update={"seed": 0, "name": "x"}).model_dump_json() for run in mine}) == 1
         for mine in by_model.values()
     )
     if plain and len(by_model) > 1:

@@ -112,7 +112,8 @@ def test_a_detector_that_misses_objects_differs_by_what_it_loses():
 def as_run(finished_run, path, kind, name, table):
     """A copy of the run as if its recipe were of another kind of task and had given these predictions."""
     shutil.copytree(finished_run.path, path)
-    recipe = load_recipe({"seed": 3, "task": {"kind": kind}, "model": {"name": name}, "data": {"root": "tiles"}})
+    data = {"root": "tiles", "masks": {"classes": {"a": 0, "b": 1}}}  # a mapping: recipes of maps have no hash
+    recipe = load_recipe({"seed": 3, "task": {"kind": kind}, "model": {"name": name}, "data": data})
     (path / "recipe.yaml").write_text(to_yaml(recipe))
     classes = json.loads((path / "preprocess.json").read_text())
     classes["classes"] = list(table[1])
