@@ -23,7 +23,7 @@ from r2kit.run import write_atomic
 PERCENT = 0.01
 """Confidence and probabilities are stored as whole percents; a pixel times this is the share."""
 _BLOCK = 256
-_CACHE_MB = 64  # GDAL's own cache of blocks, which by default grows with the machine's memory
+_ENCODED = 2**20  # pixels that are encoded at once
 _TAG = "R2KIT_SETTINGS"
 
 
@@ -75,6 +75,17 @@ class MapFormat:
             probs: NaN counts as missing.
             missing: (H, W), true where the map says nothing.
         """
+        pixels = np.empty((len(self.descriptions), *probs.shape[1:]), dtype=self.dtype)
+        rows = max(
+            1, _ENCODED // max(1, probs.shape[2])
+        )  # some at a time: what is made on the way is four times as large
+        for top in range(0, probs.shape[1], rows):
+            some = slice(top, top + rows)
+            pixels[:, some] = self._encode(probs[:, some], missing[some])
+        return pixels
+
+    def _encode(self, probs: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[Any]:
+        """`encode` all at once."""
         missing = missing | np.isnan(probs[0])
         safe = np.where(missing, 0.0, probs)
         percents = np.rint(safe * 100.0)
@@ -115,7 +126,7 @@ class MapWriter:
         The pixels are on disk before the piece counts as done.
         """
         try:
-            with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB), keep_raster_open(self._draft, mode="r+") as dataset:
+            with keep_raster_open(self._draft, mode="r+") as dataset:
                 dataset.write(pixels, window=Window(left, top, pixels.shape[2], pixels.shape[1]))
             with self._draft.open("rb") as file:
                 os.fsync(file.fileno())
@@ -130,16 +141,15 @@ class MapWriter:
         """Make the cloud-optimised GeoTIFF with overviews, and remove the draft."""
         part = self.path.with_name(f".{self.path.name}.cog.tif")
         try:
-            with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB):
-                rasterio.shutil.copy(
-                    str(self._draft),
-                    str(part),
-                    driver="COG",
-                    COMPRESS="DEFLATE",
-                    BLOCKSIZE=512,
-                    OVERVIEW_RESAMPLING="NEAREST",  # a class is a name: the mean of two of them is a third
-                    BIGTIFF="IF_SAFER",
-                )
+            rasterio.shutil.copy(
+                str(self._draft),
+                str(part),
+                driver="COG",
+                COMPRESS="DEFLATE",
+                BLOCKSIZE=512,
+                OVERVIEW_RESAMPLING="NEAREST",  # a class is a name: the mean of two of them is a third
+                BIGTIFF="IF_SAFER",
+            )
             os.replace(part, self.path)
         except (OSError, rasterio.errors.RasterioError) as error:
             part.unlink(missing_ok=True)
@@ -177,7 +187,7 @@ class MapWriter:
             "bigtiff": "IF_SAFER",
             "sparse_ok": True,
         }
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB), keep_raster_open(self._draft, "GTiff", "w", profile) as dataset:
+        with keep_raster_open(self._draft, "GTiff", "w", profile) as dataset:
             dataset.descriptions = form.descriptions
             dataset.scales = (1.0, *(PERCENT for _ in form.descriptions[1:]))
             dataset.colorinterp = [ColorInterp.gray, *(ColorInterp.undefined for _ in form.descriptions[1:])]

@@ -11,6 +11,7 @@ from r2kit.data.reader import open_raster
 from r2kit.errors import DataError, ModelError
 from r2kit.maps import MapSettings, engine, network, predict_map, predict_maps
 from r2kit.maps.network import TileNetwork, ground_tile
+from r2kit.maps.scene import Scene
 from r2kit.maps.writer import MapWriter, class_names
 from tests.maps.conftest import write_raster
 
@@ -91,6 +92,38 @@ def test_the_network_gives_a_tile_the_same_bits_in_any_company(finished_run):
     for count in (1, 3, 8):
         apart = [row for first in range(0, 11, count) for row in net(tiles[first : first + count])]
         assert all(np.array_equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_a_tall_scene_opens_no_more_files_than_there_are_threads(
+    finished_run, make_scene, pixel_network, tmp_path, monkeypatch
+):
+    opened = []
+    close = Scene.close
+    monkeypatch.setattr(Scene, "close", lambda scene: (opened.append(len(scene._open)), close(scene)))
+    pixel_network((32, 32))
+    predict_map(finished_run, make_scene(400, 40), tmp_path / "map.tif", MapSettings(workers=2))  # 17 rows of tiles
+    assert opened[0] <= 4  # two that read, one that writes, the one that began
+
+
+def test_gdal_keeps_few_blocks_whatever_the_machine(finished_run, make_scene, pixel_network, tmp_path, monkeypatch):
+    from rasterio.env import get_gdal_config
+
+    seen = set()
+    read, write = Scene.read, MapWriter.write
+
+    def reading(scene, window):
+        seen.add(int(get_gdal_config("GDAL_CACHEMAX")))
+        return read(scene, window)
+
+    def writing(writer, *piece):
+        write(writer, *piece)
+        seen.add(int(get_gdal_config("GDAL_CACHEMAX")))
+
+    monkeypatch.setattr(Scene, "read", reading)
+    monkeypatch.setattr(MapWriter, "write", writing)
+    pixel_network((64, 64))
+    predict_map(finished_run, make_scene(150, 200), tmp_path / "map.tif")
+    assert seen == {engine._GDAL_CACHE}
 
 
 def test_a_classification_gives_a_grid_map(finished_run, make_scene, tmp_path):
