@@ -29,7 +29,7 @@ LEVELS = [
     {"plots", "evaluate", "predict", "maps", "export", "doctor", "noise"},
     {"page"},
     {"explain"},
-    {"report", "area", "demo"},
+    {"report", "area", "demo", "cluster"},
     {"train", "push"},
     {"fastai"},
     {"allocate", "tune", "compare", "optimism"},

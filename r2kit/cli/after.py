@@ -55,6 +55,9 @@ def predict(
     workers: Workers = 0,
     device: Device = "auto",
     tta: Tta = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a cluster of machines, one GPU or core for each piece of the work.")
+    ] = "local",
     as_map: Annotated[
         bool, typer.Option("--map", help="Map whole scenes; follows from an --out ending in .tif.")
     ] = False,
@@ -78,6 +81,8 @@ def predict(
     quiet_libraries()
     opened, console = Run.open(run), make_console()
     of_maps = {"--cell": cell, "--tile": tile, "--overlap": overlap, "--vector": vector}
+    if engine not in ("local", "ray"):
+        raise R2kitError(f"--engine: got '{engine}', allowed are local and ray")
     given = [name for name, value in of_maps.items() if value is not None]
     given += ["--probabilities"] * probabilities + ["--overwrite"] * overwrite
     if as_map or out.suffix.lower() in (".tif", ".tiff"):
@@ -95,13 +100,24 @@ def predict(
             vector=vector,
             overwrite=overwrite,
         )
+        if engine == "ray":
+            from r2kit.cluster import predict_scenes
+
+            for written in predict_scenes(opened, paths, out, settings, console=console):
+                console.print(f"written: {written}")
+            return
         predict_maps(opened, paths, out, settings, console=console)
         return
     if given:
         raise R2kitError(f"{given[0]}: is for maps; give an --out that ends in .tif, or --map with a folder")
-    from r2kit.predict import predict as run_predict
+    if engine == "ray":
+        from r2kit.cluster import predict_table
 
-    found = run_predict(opened, paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
+        found = predict_table(opened, paths, out, batch_size=batch_size, device=device, tta=tta, console=console)
+    else:
+        from r2kit.predict import predict as run_predict
+
+        found = run_predict(opened, paths, out=out, batch_size=batch_size, workers=workers, device=device, tta=tta)
     if not {"confidence", "score"} & set(found):  # masks: a folder
         for row in found.head(10).itertuples():
             console.print(f"{row.path}  {row.mask}")

@@ -110,13 +110,7 @@ def predict_maps(
         DataError: If two scenes would write one map, or after all others were made, if one could not be.
     """
     console = console or make_console(quiet=True)
-    one = out.suffix.lower() in (".tif", ".tiff")
-    if one and len(scenes) != 1:
-        raise DataError(f"{out}: is one map, and there are {len(scenes)} scenes; give a folder")
-    targets = [out] if one else [out / f"{scene.stem}.map.tif" for scene in scenes]
-    if len(set(targets)) != len(targets):
-        twice = next(target for target in targets if targets.count(target) > 1)
-        raise DataError(f"{out}: two scenes would become {twice.name}; give scenes of different names")
+    targets = map_files(scenes, out)
     network = TileNetwork(run, settings.tile, settings.device)
     failed: list[str] = []
     for number, (scene, target) in enumerate(zip(scenes, targets, strict=True), 1):
@@ -135,6 +129,22 @@ def predict_maps(
             f"{len(failed)} of {len(scenes)} scenes have no map, the others are written; the same command goes on: "
             + "; ".join(failed[:3])
         )
+    return targets
+
+
+def map_files(scenes: Sequence[Path], out: Path) -> list[Path]:
+    """Return the map of each scene: `out` itself if it ends in .tif, else SCENE.map.tif in the folder `out`.
+
+    Raises:
+        DataError: If two scenes would write one map.
+    """
+    one = out.suffix.lower() in (".tif", ".tiff")
+    if one and len(scenes) != 1:
+        raise DataError(f"{out}: is one map, and there are {len(scenes)} scenes; give a folder")
+    targets = [out] if one else [out / f"{scene.stem}.map.tif" for scene in scenes]
+    if len(set(targets)) != len(targets):
+        twice = next(target for target in targets if targets.count(target) > 1)
+        raise DataError(f"{out}: two scenes would become {twice.name}; give scenes of different names")
     return targets
 
 

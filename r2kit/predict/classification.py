@@ -61,7 +61,7 @@ def predict(
     table.attrs["tta"] = tta
     table.attrs["skipped"] = [list(item) for item in skipped]
 
-    written = table.attrs["written"] = "" if out is None else _write(table, Path(out))
+    written = table.attrs["written"] = "" if out is None else write_table(table, Path(out))
     if skipped and on_bad_file == "error":
         raise DataError(bad_files(skipped, len(table), written))
     return table
@@ -111,8 +111,12 @@ def _table(
     return pd.concat([table, pd.DataFrame(stacked, columns=[f"{PROBABILITY}{name}" for name in classes])], axis=1)
 
 
-def _write(table: pd.DataFrame, out: Path) -> str:
-    """Write both files; return their names in words."""
+def write_table(table: pd.DataFrame, out: Path) -> str:
+    """Write a table as CSV and Parquet; return the names of the files in words.
+
+    Raises:
+        DataError: If they cannot be written.
+    """
     stem = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
     csv, parquet = Path(f"{stem}.csv"), Path(f"{stem}.parquet")
     try:

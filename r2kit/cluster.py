@@ -1,0 +1,244 @@
+"""Prediction on many machines with Ray Data: the files of the local engine, piece by piece, retried and resumable.
+
+Images are divided into pieces of whole batches, so that the network sees the batches that one machine would give it;
+the table of each piece is written whole or not at all beside the final one, and a later try takes up what is there. A
+scene is a piece of its own: `maps` writes and resumes it. Run, images and output have to lie where every machine sees
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from r2kit.console import make_console
+from r2kit.data.reader import find_images
+from r2kit.errors import DataError, R2kitError, RunError, require
+from r2kit.maps import MapSettings, map_files, predict_map
+from r2kit.predict import predict
+from r2kit.predict.classification import bad_files, write_table
+from r2kit.run import Run
+
+_BATCHES = 4  # in a piece
+_TRIES = 3
+
+Outcome = tuple[int, str]
+"""Number of a piece, and why it failed; an empty text where it did not."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some work for one machine.
+
+    Attributes:
+        number: Its place among all.
+        inputs: Files to read.
+        output: File to write; it exists when the piece is done, whole or not at all.
+    """
+
+    number: int
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Work on a piece of images: the table that `r2kit predict` would give."""
+
+    run: str
+    batch_size: int
+    device: str
+    tta: bool
+
+    def __call__(self, piece: Piece) -> None:
+        """Write the table of a piece, with the images that could not be read."""
+        found = predict(
+            Run.open(self.run),
+            piece.inputs,
+            batch_size=self.batch_size,
+            device=self.device,
+            tta=self.tta,
+            on_bad_file="skip",
+        )
+        skipped: dict[Any, Any] = {"r2kit.skipped": found.attrs["skipped"]}
+        draft = Path(f"{piece.output}.{os.getpid()}.part")
+        found.attrs = skipped  # pandas keeps it inside the Parquet file
+        found.to_parquet(draft, index=False)
+        os.replace(draft, piece.output)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Work on one scene: its map."""
+
+    run: str
+    settings: MapSettings
+
+    def __call__(self, piece: Piece) -> None:
+        """Make the map, or go on with it."""
+        predict_map(Run.open(self.run), piece.inputs[0], piece.output, self.settings)
+
+
+def predict_table(
+    run: Run,
+    paths: Sequence[str | Path],
+    out: Path,
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    tta: bool = False,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Predict the classes of image files on a Ray cluster; files and table are those of `r2kit.predict.predict`.
+
+    Args:
+        run: A finished run of a classification, of one label or several.
+        paths: Image files and folders.
+        out: ``NAME`` gives NAME.csv and NAME.parquet.
+        batch_size: Images at once.
+        device: See `inference.choose_device`.
+        tta: Average over the eight orientations of each image.
+        console: Where progress is printed; None prints nothing.
+
+    Raises:
+        MissingExtraError: If Ray is not installed.
+        RunError: If the run is of another task.
+        DataError: If there is no image, a piece failed in every try, or an image could not be read (after the others
+            are written).
+    """
+    require("ray", "ray[data]", "ray", "--engine ray")
+    kind = run.recipe.task.kind
+    if kind not in ("classification", "multilabel"):
+        raise RunError(
+            f"{run.path}: --engine ray gives tables of classes and maps of scenes; for image files of a run of {kind} "
+            "leave it out"
+        )
+    files = [str(path.resolve()) for path in find_images(paths)]
+    given = [str(path) for path in find_images(paths)]
+    task = Table(str(run.path.resolve()), batch_size, device, tta)
+    facts = [run.info["id"], hashlib.sha256(run.weights_file.read_bytes()).hexdigest(), files, batch_size, tta]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    stem = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
+    folder = stem.with_name(f".{stem.name}.{key}.pieces").resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}; give another --out") from None
+    size = _BATCHES * batch_size
+    pieces = [
+        Piece(number, tuple(files[first : first + size]), str(folder / f"{number:06d}.parquet"))
+        for number, first in enumerate(range(0, len(files), size))
+    ]
+    left = [piece for piece in pieces if not Path(piece.output).is_file()]
+    console = console or make_console(quiet=True)
+    if len(left) < len(pieces):
+        console.print(f"{len(pieces) - len(left)} of {len(pieces)} pieces are done already")
+    _refuse_failed(finish(left, lambda some: _on_ray(task, some, device), console), len(pieces))
+    tables = [pd.read_parquet(piece.output) for piece in pieces]
+    skipped = [(path, reason) for table in tables for path, reason in table.attrs["r2kit.skipped"]]
+    table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+    table["path"] = table["path"].map(dict(zip(files, given, strict=True)))
+    attributes: dict[Any, Any] = {"tta": tta, "skipped": [list(item) for item in skipped]}
+    table.attrs = attributes
+    table.attrs["written"] = write_table(table, out)
+    shutil.rmtree(folder)
+    if skipped:
+        raise DataError(bad_files(skipped, len(table), table.attrs["written"]))
+    return table
+
+
+def predict_scenes(
+    run: Run, scenes: Sequence[Path], out: Path, settings: MapSettings, *, console: Console | None = None
+) -> list[Path]:
+    """Make the maps of scenes on a Ray cluster; the files are those of `r2kit.maps.predict_maps`.
+
+    Raises:
+        MissingExtraError: If Ray is not installed.
+        DataError: If two scenes would write one map, or after all others were made, if one could not be.
+    """
+    require("ray", "ray[data]", "ray", "--engine ray")
+    targets = map_files(scenes, out)
+    pieces = [
+        Piece(number, (str(scene.resolve()),), str(target.resolve()))
+        for number, (scene, target) in enumerate(zip(scenes, targets, strict=True))
+    ]
+    task = Scene(str(run.path.resolve()), replace(settings))
+    # Scenes that are finished are left to `maps`, which knows with which settings.
+    failed = finish(pieces, lambda some: _on_ray(task, some, settings.device), console or make_console(quiet=True))
+    _refuse_failed(failed, len(pieces))
+    return targets
+
+
+def finish(
+    pieces: Sequence[Piece], work: Callable[[Sequence[Piece]], Sequence[Outcome]], console: Console
+) -> list[tuple[Piece, str]]:
+    """Do pieces, and those that failed again; return what failed in every try, with the last reason."""
+    left, reasons = list(pieces), dict[int, str]()
+    for number in range(1, _TRIES + 1):
+        if not left:
+            break
+        reasons = {piece: reason for piece, reason in work(left) if reason}
+        left = [piece for piece in left if piece.number in reasons]
+        if left:
+            console.print(
+                f"try {number} of {_TRIES}: {len(left)} pieces failed, the first because {min(reasons.items())[1]}"
+            )
+    return [(piece, reasons[piece.number]) for piece in left]
+
+
+def _refuse_failed(failed: Sequence[tuple[Piece, str]], total: int) -> None:
+    """Raise where pieces failed in every try."""
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {total} pieces failed {_TRIES} times; what is done is kept, the same command goes on: "
+            + "; ".join(reason for _, reason in failed[:3])
+        )
+
+
+class _Worker:
+    """One process of the cluster: does pieces, and tells of those that fail in place of ending the job."""
+
+    def __init__(self, task: Callable[[Piece], None]) -> None:
+        self.task = task
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Do the piece of a row."""
+        piece = Piece(int(row["number"]), tuple(str(path) for path in row["inputs"]), str(row["output"]))
+        try:
+            self.task(piece)
+        except (R2kitError, OSError, RuntimeError, ValueError) as error:
+            return {"number": piece.number, "reason": f"{type(error).__name__}: {error}"}
+        return {"number": piece.number, "reason": ""}
+
+
+def _on_ray(task: Callable[[Piece], None], pieces: Sequence[Piece], device: str) -> list[Outcome]:
+    """Do pieces on the cluster that RAY_ADDRESS names, else on this machine; one process for each GPU, or each core."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray deprecates parts of itself in every release
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        has = ray.cluster_resources()
+        gpus = 0 if device == "cpu" else int(has.get("GPU", 0))
+        most = max(1, min(len(pieces), gpus or int(has.get("CPU", 1))))
+        rows = [{"number": p.number, "inputs": list(p.inputs), "output": p.output} for p in pieces]
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Worker,
+            fn_constructor_args=(task,),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+        return [(int(row["number"]), str(row["reason"])) for row in done.iter_rows()]
