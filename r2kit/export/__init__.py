@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -112,6 +113,8 @@ def export(
             warnings.simplefilter("ignore")  # exporters deprecate parts of themselves in every release
             made, facts = write(run, module, pixels, to, precisions, Path(draft))
             for file in sorted(Path(draft).iterdir()):
+                if file.is_dir() and (folder / file.name).is_dir():  # a CoreML package of an earlier export
+                    shutil.rmtree(folder / file.name)
                 os.replace(file, folder / file.name)
         description = {**_description(run), **facts, "exports": [asdict(one) for one in made]}
         write_atomic(folder / "export.json", json.dumps(description, indent=2) + "\n")
