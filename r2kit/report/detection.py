@@ -17,7 +17,7 @@ from r2kit.objects.coco import SIZE_WORDS
 from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.report.classification import commands_of, stored_result
-from r2kit.report.evidence import counts_of, evidence_tiles, split_chart
+from r2kit.report.evidence import counts_of, look_at_data
 from r2kit.result.detection import read_objects, summary_lines
 from r2kit.run import Run, write_atomic
 
@@ -31,12 +31,7 @@ def write_report(run: Run) -> Path:
     table = run.read_table(run.predictions(figures["split"]))
     pictures, batch, gone, module = _pictures(run, figures, table)
     charts = _charts(run)
-    explained: list[Tile] = []
-    evidence_words = "the images cannot be read"
-    if module is not None:
-        explained, evidence_words = evidence_tiles(run, module, figures)
-        if (places := split_chart(run, module)) is not None:
-            charts["split"] = places
+    explained, evidence_words = look_at_data(run, module, figures, charts)
     page = template("report_detection.html.j2").render(
         run=run,
         recipe=run.recipe,

@@ -81,6 +81,24 @@ def counts_of(run: Run) -> list[tuple[str, int]]:
     return [(part, int(held.get(part, 0))) for part in ("train", "val", "test")]
 
 
+def look_at_data(
+    run: Run, module: DataModule | None, figures: Result, charts: dict[str, Chart]
+) -> tuple[list[Tile], str]:
+    """Return what `evidence_tiles` does, and put the map of the parts among the charts where images have places.
+
+    Args:
+        run: The run.
+        module: Its data; None where they cannot be read any more.
+        figures: Its result.
+        charts: Those of the page; gains `split`.
+    """
+    if module is None:
+        return [], "the images cannot be read"
+    if (places := split_chart(run, module)) is not None:
+        charts["split"] = places
+    return evidence_tiles(run, module, figures)
+
+
 def split_chart(run: Run, module: DataModule) -> Chart | None:
     """Return the map of the splits, None where the images have no places."""
     places = places_of(module)

@@ -14,7 +14,7 @@ from r2kit.errors import DataError, MissingExtraError, RunError
 from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.report.classification import commands_of, stored_result
-from r2kit.report.evidence import evidence_tiles, split_chart
+from r2kit.report.evidence import look_at_data
 from r2kit.result import Result, interval_words, percent
 from r2kit.result import multilabel as sentences
 from r2kit.run import Run, write_atomic
@@ -43,12 +43,7 @@ def write_report(run: Run) -> Path:
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
     worst, others, batch, counts, gone, module = _pictures(run, table, figures["classes"])
-    explained: list[Tile] = []
-    evidence_words = "the images cannot be read"
-    if module is not None:
-        explained, evidence_words = evidence_tiles(run, module, figures)
-        if (places := split_chart(run, module)) is not None:
-            charts["split"] = places
+    explained, evidence_words = look_at_data(run, module, figures, charts)
     for name, tiles, title in (
         ("batch", batch, "A training batch, as the network sees it"),
         ("predictions", worst + others, "Held-out images: their labels, + wrongly given, - missed"),

@@ -19,7 +19,7 @@ from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.recipe import SaliencySpec
 from r2kit.report.classification import commands_of, stored_result
-from r2kit.report.evidence import counts_of, evidence_tiles, split_chart
+from r2kit.report.evidence import counts_of, look_at_data
 from r2kit.report.segmentation import visible
 from r2kit.result import interval_words, percent
 from r2kit.result import saliency as sentences
@@ -46,12 +46,7 @@ def write_report(run: Run) -> Path:
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
     tiles, batch, gone, module = _pictures(run, table)
-    explained: list[Tile] = []
-    evidence_words = "the images cannot be read"
-    if module is not None:
-        explained, evidence_words = evidence_tiles(run, module, figures)
-        if (places := split_chart(run, module)) is not None:
-            charts["split"] = places
+    explained, evidence_words = look_at_data(run, module, figures, charts)
     if tiles:
         plots.save(plots.mosaic(tiles, title="Image, truth, prediction", columns=3), run, "predictions")
     rows = [
