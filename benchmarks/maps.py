@@ -38,10 +38,13 @@ TOP, LEFT = 500, 2600  # Europe and the Mediterranean
 class Small(TileNetwork):
     """A `TileNetwork` of one 1x1 convolution."""
 
-    def __init__(self, run: Run, tile: tuple[int, int] | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, run: Run, tile: tuple[int, int] | None = None, device: str = "auto", *, tta: bool = False
+    ) -> None:
         self.dense, self.classes, self.tile = True, run.preprocess.classes, tile or (512, 512)
         self._preprocess = dataclasses.replace(run.preprocess, size=self.tile, resize="squash")
         self.device, self._layout = torch.device("cpu"), torch.contiguous_format
+        self.orientations = range(8 if tta else 1)
         self._model = nn.Conv2d(len(run.preprocess.bands), len(self.classes), 1).eval()
 
 

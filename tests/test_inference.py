@@ -5,8 +5,17 @@ import pytest
 import torch
 from torch import nn
 
+from r2kit.data.preprocess import Preprocess
 from r2kit.errors import DataError, ModelError
-from r2kit.inference import ORIENTATIONS, Classifier, choose_device, load_images, orient, restore
+from r2kit.inference import (
+    ORIENTATIONS,
+    Classifier,
+    PixelClassifier,
+    choose_device,
+    load_images,
+    orient,
+    restore,
+)
 
 
 def read(key):
@@ -75,6 +84,37 @@ def test_averaged_probabilities_do_not_depend_on_how_the_image_lies():
     for number in range(1, ORIENTATIONS):
         np.testing.assert_allclose(averaged(orient(image, number)), expected, atol=1e-6)
         assert np.abs(plain(orient(image, number)) - plain(image)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("resize", "shape"), [("tile", (8, 12)), ("squash", (16, 24)), ("pad", (8, 8)), ("crop", (16, 20))]
+)
+def test_averaged_pixels_come_back_to_their_places(resize, shape):
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 3, 3, padding=1)
+    stats = {"bands": ("a", "b"), "mean": (0.0, 0.0), "std": (1.0, 1.0), "scale": 1.0, "classes": ("x", "y", "z")}
+    preprocess = Preprocess(**stats, size=(8, 12), resize=resize, interpolation="bilinear")
+    image = preprocess.apply(np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32))
+    ((found, seen),) = PixelClassifier(model, preprocess, 0.25, "cpu", tta=True)([image], [shape])
+    ((plain, _),) = PixelClassifier(model, preprocess, 0.25, "cpu")([image], [shape])
+    with torch.no_grad():
+        probs = [restore(model(orient(image[None], k)).softmax(1), k) for k in range(ORIENTATIONS)]
+    logits, _ = preprocess.unfit(torch.stack(probs).mean(0).log()[0], shape)
+    np.testing.assert_allclose(found, logits.softmax(0).numpy(), atol=1e-6)
+    assert found.shape == (3, *shape)
+    assert np.abs(found - plain)[:, seen].max() > 0.05
+
+
+def test_a_tiled_image_is_averaged_tile_by_tile():
+    model = nn.Conv2d(1, 2, (1, 3), padding=(0, 1), bias=False)  # class 0 is what lies to the left
+    model.weight.data = torch.tensor([[[[1.0, 0, 0]]], [[[0.0, 0, 0]]]])
+    preprocess = Preprocess(("a",), (0.0,), (1.0,), 1.0, (8, 8), "tile", "bilinear", ("left", "none"))
+    image = torch.zeros(1, 20, 12)
+    image[0, 10, 6] = 9.0
+    ((found, _),) = PixelClassifier(model, preprocess, 0.25, "cpu", tta=True)([image], [(20, 12)])
+    lit = np.argwhere(found[0] > 0.55).tolist()
+    assert lit == [[9, 6], [10, 5], [10, 7], [11, 6]]  # all four neighbours, whichever way the image lay
+    np.testing.assert_allclose(found[0][tuple(np.transpose(lit))], 0.25 / (1 + np.exp(-9)) + 0.75 / 2, atol=1e-4)
 
 
 def test_devices():

@@ -86,8 +86,6 @@ def predict(
     given = [name for name, value in of_maps.items() if value is not None]
     given += ["--probabilities"] * probabilities + ["--overwrite"] * overwrite
     if as_map or out.suffix.lower() in (".tif", ".tiff"):
-        if tta:
-            raise R2kitError("--tta: is for tables of image files; a map averages by its overlap")
         from r2kit.maps import OVERLAP, MapSettings, predict_maps
 
         settings = MapSettings(
@@ -95,6 +93,7 @@ def predict(
             overlap=OVERLAP if overlap is None else overlap,
             cell=cell,
             probabilities=probabilities,
+            tta=tta,
             workers=workers,
             device=device,
             vector=vector,

@@ -18,6 +18,6 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of 
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass; does not change the result.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 Tta = Annotated[
-    bool, typer.Option("--tta", help="Average over the eight orientations of each image, at eightfold cost.")
+    bool, typer.Option("--tta", help="Average over the eight orientations of each image or tile, at eightfold cost.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

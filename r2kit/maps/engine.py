@@ -53,6 +53,7 @@ class MapSettings:
         overlap: Share of a tile that its neighbour shares, for segmentation, in [0, 0.75].
         cell: Pixels of the scene that one pixel of a classification's grid map stands for; None takes a tile.
         probabilities: Whether the map has a band for each class.
+        tta: Whether the probabilities are averaged over the eight orientations of each tile.
         workers: Threads that read ahead.
         device: See `inference.choose_device`.
         vector: ``geojson`` or ``gpkg`` for polygons beside the map.
@@ -63,6 +64,7 @@ class MapSettings:
     overlap: float = OVERLAP
     cell: int | None = None
     probabilities: bool = False
+    tta: bool = False
     workers: int = 2
     device: str = "auto"
     vector: str | None = None
@@ -111,7 +113,7 @@ def predict_maps(
     """
     console = console or make_console(quiet=True)
     targets = map_files(scenes, out)
-    network = TileNetwork(run, settings.tile, settings.device)
+    network = TileNetwork(run, settings.tile, settings.device, tta=settings.tta)
     failed: list[str] = []
     for number, (scene, target) in enumerate(zip(scenes, targets, strict=True), 1):
         try:
@@ -192,6 +194,7 @@ def _format(run: Run, network: TileNetwork, scene: Scene, settings: MapSettings)
         "overlap": settings.overlap if network.dense else None,
         "cell": cell,
         "probabilities": settings.probabilities,
+        "tta": settings.tta,
     }
     size, transform = scene.size, scene.transform
     if cell is not None:

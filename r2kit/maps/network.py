@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from r2kit.data.preprocess import Preprocess, centre_window
 from r2kit.errors import ModelError, RunError
-from r2kit.inference import choose_device
+from r2kit.inference import ORIENTATIONS, choose_device, orient, restore
 from r2kit.models import memory_format
 from r2kit.run import Run
 
@@ -31,13 +31,16 @@ class TileNetwork:
         run: A finished run of a classification or a segmentation.
         tile: (H, W) of a tile of the scene in pixels; None takes the ground that the run's images show.
         device: See `inference.choose_device`.
+        tta: Average the probabilities over the eight orientations of each tile, at eight times the cost.
 
     Raises:
         RunError: If the run is of another task.
         ModelError: If a classification is given another tile.
     """
 
-    def __init__(self, run: Run, tile: tuple[int, int] | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, run: Run, tile: tuple[int, int] | None = None, device: str = "auto", *, tta: bool = False
+    ) -> None:
         kind = run.recipe.task.kind
         if kind not in ("classification", "segmentation"):
             raise RunError(f"{run.path}: a map is made by a classification or a segmentation, not by a {kind}")
@@ -58,6 +61,7 @@ class TileNetwork:
         self._preprocess = dataclasses.replace(run.preprocess, size=size, resize="squash")
         self.device = choose_device(device)
         self._layout = memory_format(run.recipe.train.channels_last)
+        self.orientations = range(ORIENTATIONS if tta else 1)
         self._model = run.model().eval().to(self.device, torch.float32).to(memory_format=self._layout)
 
     def prepare(self, raw: NDArray[np.generic]) -> Tensor:
@@ -72,11 +76,21 @@ class TileNetwork:
             some = list(tiles[first : first + AT_ONCE])
             batch = torch.zeros(AT_ONCE, *some[0].shape)
             batch[: len(some)] = torch.stack(some)
-            logits = self._model(batch.to(self.device).contiguous(memory_format=self._layout)).float()
-            if self.dense and tuple(logits.shape[-2:]) != self.tile:
-                logits = F.interpolate(logits, self.tile, mode="bilinear", align_corners=False)
-            found += list(logits.softmax(1)[: len(some)].cpu().numpy())
+            given = batch.to(self.device)
+            probs = self._probs(given, 0)
+            for number in self.orientations[1:]:
+                probs = probs + self._probs(given, number)
+            found += list((probs / len(self.orientations))[: len(some)].cpu().numpy())
         return found
+
+    def _probs(self, batch: Tensor, number: int) -> Tensor:
+        """Probabilities of tiles seen in one of the orientations, in the places of the tiles as they are."""
+        logits = self._model(orient(batch, number).contiguous(memory_format=self._layout)).float()
+        if self.dense:
+            logits = restore(logits, number)
+            if tuple(logits.shape[-2:]) != self.tile:
+                logits = F.interpolate(logits, self.tile, mode="bilinear", align_corners=False)
+        return logits.softmax(1)
 
 
 def ground_tile(preprocess: Preprocess, image: tuple[int, int]) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class PixelNetwork(TileNetwork):
         self.dense, self.classes, self.tile = True, preprocess.classes, tile
         self._preprocess = dataclasses.replace(preprocess, size=tile, resize="squash")
         self.device, self._layout = torch.device("cpu"), torch.contiguous_format
+        self.orientations = range(1)
         self._model = Blur().eval()
 
 
@@ -56,7 +57,7 @@ def pixel_network(monkeypatch, finished_run) -> Callable[..., PixelNetwork]:
 
     def use(tile: tuple[int, int]) -> PixelNetwork:
         network = PixelNetwork(finished_run.preprocess, tile)
-        monkeypatch.setattr(engine, "TileNetwork", lambda run, given=None, device="auto": network)
+        monkeypatch.setattr(engine, "TileNetwork", lambda run, given=None, device="auto", *, tta=False: network)
         return network
 
     return use

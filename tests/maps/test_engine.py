@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import rasterio
+from typer.testing import CliRunner
 
 from r2kit import cli
 from r2kit.data.reader import open_raster
@@ -92,6 +93,48 @@ def test_the_network_gives_a_tile_the_same_bits_in_any_company(finished_run):
     for count in (1, 3, 8):
         apart = [row for first in range(0, 11, count) for row in net(tiles[first : first + count])]
         assert all(np.array_equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_averaged_maps_do_not_depend_on_how_a_tile_lies(finished_run):
+    import torch
+
+    from r2kit.inference import ORIENTATIONS, orient
+
+    plain, averaged = TileNetwork(finished_run), TileNetwork(finished_run, tta=True)
+    tile = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    turned = [orient(tile, number) for number in range(ORIENTATIONS)]
+    expected = np.mean(plain(turned), axis=0)
+    assert np.ptp([row[0] for row in plain(turned)]) > 1e-4
+    for row in averaged(turned):
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+
+
+def test_averaged_maps_of_pixels_come_back_to_their_places(finished_run):
+    import torch
+
+    from r2kit.inference import ORIENTATIONS, orient, restore
+    from tests.maps.conftest import PixelNetwork
+
+    network = PixelNetwork(finished_run.preprocess, (32, 32))
+    network._model.conv.weight.data[..., 5:] = 0  # looks to the left: another answer for each orientation
+    tile = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    each = [torch.from_numpy(network([orient(tile, k)])[0]) for k in range(ORIENTATIONS)]
+    expected = torch.stack([restore(probs, k) for k, probs in enumerate(each)]).mean(0).numpy()
+    assert np.abs(expected - each[0].numpy()).max() > 0.01
+    network.orientations = range(ORIENTATIONS)
+    np.testing.assert_allclose(network([tile])[0], expected, atol=1e-6)
+
+
+def test_a_map_says_that_it_was_averaged(finished_run, make_scene, tmp_path):
+    scene, out = make_scene(96, 96), str(tmp_path / "map.tif")
+    runner = CliRunner()
+    arguments = ["predict", str(finished_run.path), str(scene), "-o", out]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    other = runner.invoke(cli.app, [*arguments, "--tta"])
+    assert isinstance(other.exception, DataError)
+    assert "made with other settings" in str(other.exception)
+    assert runner.invoke(cli.app, [*arguments, "--tta", "--overwrite"]).exit_code == 0
+    assert "finished already" in runner.invoke(cli.app, [*arguments, "--tta"]).output
 
 
 def test_a_tall_scene_opens_no_more_files_than_there_are_threads(
