@@ -441,22 +441,28 @@ def split_map(places: pd.DataFrame, *, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def block_accuracy_map(
-    predictions: pd.DataFrame, *, degrees: float | None = None, others: pd.DataFrame | None = None, theme: Theme = LIGHT
+def block_map(
+    places: pd.DataFrame,
+    shares: pd.Series,
+    figure_name: str,
+    *,
+    degrees: float | None = None,
+    others: pd.DataFrame | None = None,
+    theme: Theme = LIGHT,
 ) -> Figure:
-    """Return the accuracy in each held-out block, where it lies.
+    """Return a figure of each held-out block, where it lies; a block that has none is empty.
 
     Args:
-        predictions: The stored predictions, with ``group``, ``lon`` and ``lat``.
+        places: One row a held-out image: ``group``, ``lon`` and ``lat``.
+        shares: The figure by group, in [0, 1] or NaN.
+        figure_name: What it is, in words.
         degrees: Side of the blocks, whose corners lie at multiples of it; None draws each group's own extent.
         others: ``lon`` and ``lat`` of all images, drawn faintly behind.
         theme: Colours.
     """
-    known = predictions[predictions["lon"].notna() & predictions["lat"].notna() & predictions["group"].notna()]
-    right = (known["label"] == known["pred"]).rename("right")
-    by = pd.concat([known[["group", "lon", "lat"]], right], axis=1).groupby("group")
-    table = by.agg(
-        west=("lon", "min"), east=("lon", "max"), south=("lat", "min"), north=("lat", "max"), share=("right", "mean")
+    known = places[places["lon"].notna() & places["lat"].notna() & places["group"].notna()]
+    table = known.groupby("group").agg(
+        west=("lon", "min"), east=("lon", "max"), south=("lat", "min"), north=("lat", "max")
     )
     west, east, south, north = (table[side].to_numpy(np.float64) for side in ("west", "east", "south", "north"))
     if degrees is None:
@@ -473,16 +479,16 @@ def block_accuracy_map(
         axes.scatter(others["lon"], others["lat"], s=size, color=theme.muted, alpha=0.3, marker="s", lw=0)
     colours = PolyCollection(
         list(np.stack(corners, axis=1)),  # (4, 2) a block
-        array=table["share"].to_numpy(np.float64),
+        array=np.ma.masked_invalid(shares.reindex(table.index).to_numpy(np.float64)),
         cmap="cividis",
         norm=Normalize(0.0, 1.0),
-        edgecolors=theme.surface,
+        edgecolors=theme.muted,
         linewidths=0.8,
     )
     axes.add_collection(colours)
     scale = ScalarMappable(Normalize(0.0, 1.0), "cividis")
     bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.6, aspect=30, pad=0.02)
-    bar.set_label("accuracy in the block", color=theme.muted, fontsize=8)
+    bar.set_label(f"{figure_name} in the block", color=theme.muted, fontsize=8)
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     bar.ax.tick_params(colors=theme.muted, labelsize=8)
     bar.outline.set_visible(False)

@@ -40,6 +40,10 @@ def places(count=40):
     return frame
 
 
+def shares(frame):
+    return (frame["label"] == frame["pred"]).astype(float).groupby(frame["group"]).mean()
+
+
 def every_figure(theme, names):
     k = len(names)
     rng = np.random.default_rng(0)
@@ -52,7 +56,7 @@ def every_figure(theme, names):
     yield plots.learning_curves(history, best_epoch=1, theme=theme)
     yield plots.reliability_figure(metrics.reliability(probs, rng.integers(0, k, 50)), theme=theme)
     yield plots.split_map(places(), theme=theme)
-    yield plots.block_accuracy_map(places(), degrees=20.0, others=places(), theme=theme)
+    yield plots.block_map(places(), shares(places()), "accuracy", degrees=20.0, others=places(), theme=theme)
 
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])
@@ -117,19 +121,21 @@ def test_learning_curves_of_one_epoch_and_missing_columns():
     assert pixels(figure).std() > 3
 
 
-def test_blocks_lie_on_the_grid_and_carry_their_accuracy():
-    frame = pd.DataFrame(
-        {"lon": [1.0, 4.0, -13.0], "lat": [2.0, 7.0, -1.0], "group": ["x", "x", "y"], "label": "a", "pred": list("aba")}
-    )
-    boxes = plots.block_accuracy_map(frame, degrees=10.0).axes[0].collections[0]
+def test_blocks_lie_on_the_grid_and_carry_their_figure():
+    frame = pd.DataFrame({"lon": [1.0, 4.0, -13.0, 31.0], "lat": [2.0, 7.0, -1.0, 2.0], "group": list("xxyz")})
+    values = pd.Series({"z": np.nan, "y": 1.0, "x": 0.5})
+    figure = plots.block_map(frame, values, "mean IoU", degrees=10.0)
+    boxes = figure.axes[0].collections[0]
     corners = [path.get_extents().extents.tolist() for path in boxes.get_paths()]
-    assert corners == [[0.0, 0.0, 10.0, 10.0], [-20.0, -10.0, -10.0, 0.0]]
-    np.testing.assert_allclose(boxes.get_array(), [0.5, 1.0])
+    assert corners == [[0.0, 0.0, 10.0, 10.0], [-20.0, -10.0, -10.0, 0.0], [30.0, 0.0, 40.0, 10.0]]
+    assert boxes.get_array().tolist() == [0.5, 1.0, None]  # the third is drawn empty
+    assert "mean IoU in the block" in words(figure)
 
 
 def test_the_map_of_one_place_draws():
-    assert pixels(plots.split_map(places().iloc[:1])).std() > 1
-    assert pixels(plots.block_accuracy_map(places().iloc[:1])).std() > 1
+    one = places().iloc[:1]
+    assert pixels(plots.split_map(one)).std() > 1
+    assert pixels(plots.block_map(one, shares(one), "accuracy")).std() > 1
 
 
 def test_overlay_is_cold_without_evidence_and_warm_with_it():

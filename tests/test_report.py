@@ -11,10 +11,13 @@ import pytest
 
 import r2kit
 from r2kit import result
+from r2kit.dense.metrics import class_iou
 from r2kit.errors import DataError, RunError
 from r2kit.explain import available
 from r2kit.report import classification as report
 from r2kit.report import write_report
+from r2kit.report.places import figure_by_group
+from r2kit.result.paired import FIGURES, judge_run
 from r2kit.run import Run, write_atomic
 from tests.browser import CHROMIUM, lay_out
 from tests.browser import run as run_browser
@@ -176,11 +179,27 @@ def test_grad_cam_panels_come_in_pairs(finished_run, written):
     assert (finished_run.plots / "gradcam.png").is_file()
 
 
-def test_maps_are_drawn_where_images_have_places(run):
-    table = pd.read_parquet(run.predictions("test"))
-    table["lon"], table["lat"] = np.linspace(0, 40, len(table)), np.linspace(0, 20, len(table))
-    table["group"] = [f"b{i // 2}" for i in range(len(table))]
-    table.to_parquet(run.predictions("test"))
+def placed(run, folder):
+    """A copy of a run whose stored images lie in blocks of two."""
+    shutil.copytree(run.path, folder)
+    copy = Run.open(folder)
+    split = json.loads(copy.metrics_json.read_text())["split"]
+    table = pd.read_parquet(copy.predictions(split))
+    images = table["kind"] == "image" if "kind" in table else pd.Series(True, index=table.index)
+    count = int(images.sum())
+    table["group"] = table["group"].astype(object)
+    for column, values in (
+        ("lon", np.linspace(0, 40, count)),
+        ("lat", np.linspace(0, 20, count)),
+        ("group", [f"b{i // 2}" for i in range(count)]),
+    ):
+        table.loc[images, column] = values
+    table.to_parquet(copy.predictions(split))
+    return copy, table
+
+
+def test_maps_are_drawn_where_images_have_places(finished_run, tmp_path):
+    run, table = placed(finished_run, tmp_path / "run")
     figures = {
         **result.compute(table, run.preprocess.classes, split="test"),
         "predictions": "predictions_test.parquet",
@@ -190,6 +209,30 @@ def test_maps_are_drawn_where_images_have_places(run):
     assert "Where it is right" in text
     assert "spatial block" in text
     assert (run.plots / "block_accuracy.png").is_file()
+    right = (table["label"] == table["pred"]).groupby(table["group"]).mean()
+    assert figure_by_group(judge_run(run)).to_dict() == pytest.approx(right.to_dict())
+
+
+@pytest.mark.parametrize("fixture", ["several_run", "pond_run", "salient_run", "detection_run"])
+def test_every_task_has_its_figure_by_block(request, fixture, tmp_path, monkeypatch):
+    run, table = placed(request.getfixturevalue(fixture), tmp_path / "run")
+
+    def gone(self):
+        raise DataError("the images are gone")
+
+    monkeypatch.setattr("r2kit.data.datamodule.DataModule.setup", gone)  # the maps need none
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "Where it is right" in page.text
+    figure = FIGURES[run.recipe.task.kind]
+    assert any(a.get("alt", "").lower() == f"{figure.lower()} by block" for _, a in page.tags)
+    found = figure_by_group(judge_run(run))
+    if fixture == "pond_run":
+        count = len(run.preprocess.classes)
+        counts = np.stack(table["confusion"]).reshape(-1, count, count)
+        slow = [class_iou(counts[rows].sum(0)).mean() for rows in table.groupby("group").indices.values()]
+        assert found.to_list() == pytest.approx(slow)
+    assert ((found >= 0) & (found <= 1) | found.isna()).all()
 
 
 def test_recorded_commands_are_quoted(run):

@@ -1,7 +1,7 @@
 """Explain predictions: which part of an image speaks for a class, in panels and in one number."""
 
 from r2kit.explain.command import Explanation, explain
-from r2kit.explain.look import Explainer, Look, energy_inside
+from r2kit.explain.look import Explainer, Look, energy_inside, pointed_inside
 from r2kit.explain.methods import METHODS, Method, available, evidence, gradcam, target_layer
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "evidence",
     "explain",
     "gradcam",
+    "pointed_inside",
     "target_layer",
 ]

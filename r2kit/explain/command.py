@@ -17,7 +17,7 @@ from r2kit.data.masks import read_mask
 from r2kit.data.reader import IMAGE_SUFFIXES, find_images, read_image
 from r2kit.data.sources import DenseSource
 from r2kit.errors import DataError, ModelError, RunError, did_you_mean
-from r2kit.explain.look import Explainer, Look, energy_inside
+from r2kit.explain.look import Explainer, Look, energy_inside, pointed_inside
 from r2kit.explain.methods import METHODS, Method
 from r2kit.page import template, thumbnail_of
 from r2kit.plots import Tile
@@ -34,8 +34,9 @@ class Explanation:
 
     Attributes:
         table: One row an image: ``path``, ``class``, ``answer``, ``score``, ``inside`` (share of the evidence inside
-            the object), ``covered`` (share of the image that the object covers); with another run also
-            ``against_answer``, ``against_score``, ``against_inside``; ``note`` says why a cell is empty.
+            the object), ``pointed`` (whether its brightest point does), ``covered`` (share of the image that the object
+            covers); with another run also ``against_answer``, ``against_score``, ``against_inside``,
+            ``against_pointed``; ``note`` says why a cell is empty.
         sentences: How much of the evidence lies inside the objects.
         folder: Where the page, the panels and the table are; None where nothing was written.
     """
@@ -223,13 +224,14 @@ def _explain_one(
         else:
             row |= {"against_answer": other.question.words, "against_score": other.question.score}
             part = None if mask is None else mask[look.window]
-            row["against_inside"] = _inside(second, other, part)["inside"]
+            theirs = _inside(second, other, part)
+            row |= {"against_inside": theirs["inside"], "against_pointed": theirs["pointed"]}
             tiles.append(Tile(other.overlay, f"other run: {other.question.words}"))
     return row, tiles + object_tile
 
 
-def _inside(explainer: Explainer, look: Look, mask: NDArray[np.bool_] | None) -> dict[str, float | None]:
-    """How much of the evidence lies inside the object, and how much of the image that covers."""
+def _inside(explainer: Explainer, look: Look, mask: NDArray[np.bool_] | None) -> dict[str, float | bool | None]:
+    """How much of the evidence lies inside the object, whether its peak does, and how much of the image that covers."""
     if look.question.box is not None and mask is None:
         x0, y0, x1, y1 = np.rint(look.question.box).astype(int)
         fitted = np.zeros(look.heat.shape, dtype=bool)
@@ -237,8 +239,12 @@ def _inside(explainer: Explainer, look: Look, mask: NDArray[np.bool_] | None) ->
     elif mask is not None:
         fitted = explainer.mask(mask, look.window)
     else:
-        return {"inside": None, "covered": None}
-    return {"inside": energy_inside(look.heat, fitted), "covered": float(fitted.mean())}
+        return {"inside": None, "pointed": None, "covered": None}
+    return {
+        "inside": energy_inside(look.heat, fitted),
+        "pointed": pointed_inside(look.heat, fitted),
+        "covered": float(fitted.mean()),
+    }
 
 
 def _nothing(run: Run, target: str | None) -> str:
@@ -269,7 +275,8 @@ def _sentences(table: pd.DataFrame, run: Run, against: Run | None, method: Metho
     covered = 100 * float(known["covered"].mean())
     said = [
         f"{run.path.name} ({run.recipe.model.name}): {100 * own.value:.1f} % of the evidence ({method}) lies inside "
-        f"the {what}, {_range(own)}, over {_images(len(known))}; a map that is even everywhere has {covered:.1f} %"
+        f"the {what}, {_range(own)}, over {_images(len(known))}; a map that is even everywhere has {covered:.1f} %. "
+        f"The brightest point lies inside in {_pointed(known['pointed'])}"
     ]
     if against is not None and "against_inside" in table:
         both = known[known["against_inside"].notna()]
@@ -277,7 +284,7 @@ def _sentences(table: pd.DataFrame, run: Run, against: Run | None, method: Metho
             other = metrics.bootstrap_interval(both["against_inside"].to_numpy(np.float64))
             said.append(
                 f"{against.path.name} ({against.recipe.model.name}): {100 * other.value:.1f} %, {_range(other)}, over "
-                f"{_images(len(both))}"
+                f"{_images(len(both))}; the brightest point in {_pointed(both['against_pointed'])}"
             )
             said.append(_difference(both, run, against))
     return said
@@ -301,6 +308,11 @@ def _difference(both: pd.DataFrame, run: Run, against: Run) -> str:
 def _range(interval: metrics.Interval) -> str:
     """An interval in words."""
     return f"95 % {100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def _pointed(column: pd.Series) -> str:
+    """In how many images the brightest point lies inside."""
+    return f"{int(column.astype(bool).sum())} of {len(column)}"
 
 
 def _images(count: int) -> str:

@@ -197,3 +197,20 @@ def energy_inside(heat: NDArray[np.float32], mask: NDArray[np.bool_]) -> float |
     if total <= 0.0 or not mask.any():
         return None
     return float(heat[mask].sum(dtype=np.float64)) / total
+
+
+def pointed_inside(heat: NDArray[np.float32], mask: NDArray[np.bool_]) -> bool | None:
+    """Return whether the brightest point of a map lies inside an object: the pointing game.
+
+    Args:
+        heat: (h, w), not negative.
+        mask: (h, w), the object.
+
+    Returns:
+        None where there is no evidence or no object.
+
+    Source: Zhang et al. 2016, arXiv:1608.00507, sec. 4.
+    """
+    if float(heat.max()) <= 0.0 or not mask.any():
+        return None
+    return bool(mask[np.unravel_index(int(heat.argmax()), heat.shape)])

@@ -23,6 +23,7 @@ from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, MissingExtraError, ModelError, RunError
 from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
+from r2kit.report.places import map_charts, places_of, whole_blocks_of
 from r2kit.run import Run, write_atomic
 
 _SEARCHED = 8  # batches among which one with mixing is looked for
@@ -213,20 +214,8 @@ def _charts(
             "Loss and accuracy by epoch",
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
-    places = None if pictures is None else places_of(pictures.module)
-    if (predictions["lon"].notna() & predictions["group"].notna()).any():
-        degrees = run.recipe.data.block_degrees if run.read_table(run.split_file)["block"].notna().any() else None
-        charts["blocks"] = chart_of(
-            run,
-            "block_accuracy",
-            "Accuracy by block",
-            lambda t: plots.block_accuracy_map(predictions, degrees=degrees, others=places, theme=t),
-        )
-    if pictures is not None and places is not None:
-        if places["lon"].notna().any():
-            charts["split"] = chart_of(
-                run, "split_map", "Map of the splits", lambda t: plots.split_map(places, theme=t)
-            )
+    charts |= map_charts(run, None if pictures is None else places_of(pictures.module))
+    if pictures is not None:
         for name, tiles, title in (
             ("batch", pictures.batch, "A training batch, as the network sees it"),
             ("predictions", pictures.mistakes + pictures.right, "Held-out images: true class → prediction, confidence"),
@@ -235,23 +224,6 @@ def _charts(
             if tiles:
                 plots.save(plots.mosaic(tiles, title=title), run, name)
     return charts
-
-
-def places_of(module: DataModule) -> pd.DataFrame:
-    """Return place and split of every image that is in a split."""
-    parts = {part: module.split.rows(part) for part in ("train", "val", "test")}
-    rows = np.concatenate(list(parts.values())).astype(np.int64)
-    places = module.source.manifest.iloc[rows][["lon", "lat"]].reset_index(drop=True)
-    return places.assign(split=np.repeat(list(parts), [len(part) for part in parts.values()]))
-
-
-def whole_blocks_of(module: DataModule) -> bool:
-    """Return whether no block of a held-out image holds a training image."""
-    split = module.split
-    if split.blocks is None:
-        return False
-    held = np.concatenate([split.val, split.test]).astype(np.int64)
-    return not set(split.blocks[split.train]) & set(split.blocks[held])
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

@@ -9,9 +9,9 @@ import numpy as np
 from r2kit import explain, plots
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, ModelError
-from r2kit.page import Chart, chart_of
+from r2kit.page import Chart
 from r2kit.plots import Tile
-from r2kit.report.classification import places_of
+from r2kit.report.places import map_charts, places_of
 from r2kit.result import Result
 from r2kit.run import Run
 
@@ -84,24 +84,15 @@ def counts_of(run: Run) -> list[tuple[str, int]]:
 def look_at_data(
     run: Run, module: DataModule | None, figures: Result, charts: dict[str, Chart]
 ) -> tuple[list[Tile], str]:
-    """Return what `evidence_tiles` does, and put the map of the parts among the charts where images have places.
+    """Return what `evidence_tiles` does, and put the maps of the parts and of the blocks among the charts.
 
     Args:
         run: The run.
         module: Its data; None where they cannot be read any more.
         figures: Its result.
-        charts: Those of the page; gains `split`.
+        charts: Those of the page; gains what `map_charts` returns.
     """
+    charts |= map_charts(run, None if module is None else places_of(module))
     if module is None:
         return [], "the images cannot be read"
-    if (places := split_chart(run, module)) is not None:
-        charts["split"] = places
     return evidence_tiles(run, module, figures)
-
-
-def split_chart(run: Run, module: DataModule) -> Chart | None:
-    """Return the map of the splits, None where the images have no places."""
-    places = places_of(module)
-    if not places["lon"].notna().any():
-        return None
-    return chart_of(run, "split_map", "Map of the splits", lambda theme: plots.split_map(places, theme=theme))

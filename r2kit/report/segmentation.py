@@ -20,8 +20,9 @@ from r2kit.inference import PixelClassifier
 from r2kit.page import Chart, chart_of, template, thumbnail_of
 from r2kit.plots import Tile
 from r2kit.recipe import SegmentationSpec
-from r2kit.report.classification import commands_of, places_of, stored_result, whole_blocks_of
+from r2kit.report.classification import commands_of, stored_result
 from r2kit.report.evidence import evidence_tiles
+from r2kit.report.places import map_charts, places_of, whole_blocks_of
 from r2kit.result import Result, interval_words, percent
 from r2kit.result import segmentation as sentences
 from r2kit.run import Run, write_atomic
@@ -61,12 +62,8 @@ def write_report(run: Run) -> Path:
             "Loss and pixel accuracy by epoch",
             lambda t: plots.learning_curves(history, best_epoch=best, theme=t),
         )
+    charts |= map_charts(run, None if pictures is None else places_of(pictures.module))
     if pictures is not None:
-        places = places_of(pictures.module)
-        if places["lon"].notna().any():
-            charts["split"] = chart_of(
-                run, "split_map", "Map of the splits", lambda t: plots.split_map(places, theme=t)
-            )
         for name, tiles, title in (
             ("batch", pictures.batch, "A training batch, as the network sees it"),
             ("predictions", pictures.worst + pictures.others, "Image, truth, prediction, mistakes"),
