@@ -7,6 +7,9 @@ VECTORS = r"""
 #include <type_traits>
 #include <vector>
 #include <omp.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -65,15 +68,28 @@ static inline VD exponential(VD x) {
 
 enum { IDENTITY = 0, RELU = 1, MISH = 2 };
 
+// x between -87 and 20; NaN stays NaN. GCC makes two instructions of each comparison and choice where one will do.
+#if defined(__AVX512F__)
+static inline VF clamped(VF x) { return _mm512_max_ps(VF{} - 87.0f, _mm512_min_ps(VF{} + 20.0f, x)); }
+#elif defined(__AVX__)
+static inline VF clamped(VF x) { return _mm256_max_ps(VF{} - 87.0f, _mm256_min_ps(VF{} + 20.0f, x)); }
+#else
+static inline VF clamped(VF x) {
+  x = x > 20.0f ? VF{} + 20.0f : x;
+  return x < -87.0f ? VF{} - 87.0f : x;
+}
+#endif
+static inline VD clamped(VD x) {
+  x = x > 20.0 ? VD{} + 20.0 : x;
+  return x < -87.0 ? VD{} - 87.0 : x;
+}
+
 // tanh(softplus(z)) = n / (n + 2), n = e^z (e^z + 2). Above 20 it is 1 to the last bit.
 template <int A, class T> static inline Vec<T> act(Vec<T> x, T beta) {
   using V = Vec<T>;
   if (A == RELU) return x < T(0) ? V{} : x;  // NaN stays NaN
   if (A != MISH) return x;
-  V z = x * beta;
-  z = z > T(20) ? V{} + T(20) : z;
-  z = z < T(-87) ? V{} - T(87) : z;
-  V e = exponential(z);
+  V e = exponential(clamped(x * beta));
   V n = e * (e + T(2));
   return x * (n / (n + T(2)));
 }
@@ -82,14 +98,12 @@ template <int A, class T> static inline Vec<T> slope(Vec<T> x, T beta, Vec<T>& v
   using V = Vec<T>;
   if (A == RELU) { value = x < T(0) ? V{} : x; return x > T(0) ? V{} + T(1) : V{}; }
   if (A != MISH) { value = x; return V{} + T(1); }
-  V z = x * beta;
-  z = z > T(20) ? V{} + T(20) : z;
-  z = z < T(-87) ? V{} - T(87) : z;
+  V z = clamped(x * beta);
   V e = exponential(z);
-  V n = e * (e + T(2));
+  V m = e * e + e, n = m + e;
   V r = T(1) / (n + T(2));
   V t = n * r;
   value = x * t;
-  return t + (z * T(4)) * (e * (e + T(1))) * (r * r);
+  return t + (z * T(4)) * m * (r * r);
 }
 """

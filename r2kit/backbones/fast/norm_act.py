@@ -63,6 +63,26 @@ template <class T> static inline int64_t first(int64_t slot, int64_t c) {
   return at + width<T> <= c || c < width<T> ? at : c - width<T>;
 }
 
+// What a row function works with, by value: through references it would be read again for every vector.
+template <class T> struct Rows {
+  const T *x, *res, *add, *dy; T *y, *y2;
+  int64_t ldx, ldres, ldadd, lddy, ldy, ldy2, chans;
+  T beta;
+  const T *scale, *shift, *mean, *offset, *factor;
+  Rows(const Args& a)
+      : x((const T*)a.x), res((const T*)a.res), add((const T*)a.add), dy((const T*)a.dy), y((T*)a.y), y2((T*)a.y2),
+        ldx(a.ldx), ldres(a.ldres), ldadd(a.ldadd), lddy(a.lddy), ldy(a.ldy), ldy2(a.ldy2), chans(a.chans),
+        beta(T(a.beta)), scale(nullptr), shift(nullptr), mean(nullptr), offset(nullptr), factor(nullptr) {}
+};
+
+// WIDE: a row has at least one vector.
+template <class T, bool WIDE> static inline Vec<T> get(const T* p, int64_t chans) {
+  return load(p, WIDE ? width<T> : chans);
+}
+template <class T, bool WIDE> static inline void put(T* p, Vec<T> v, int64_t chans) {
+  store(p, v, WIDE ? width<T> : chans);
+}
+
 template <class T, class F> static void sum_rows(const Args& a, double* out1, double* out2, F row_sums) {
   const int64_t S = slots<T>(a.chans), L = width<T>, n = a.threads;
   std::vector<double> total(size_t(n) * 2 * S * L, 0.0);
@@ -105,32 +125,49 @@ template <class T> struct Coefficients {
   }
 };
 
-template <class T, int A> static void statistics(const Args& a) {
-  const T* x = (const T*)a.x;
-  const T beta = T(a.beta);
-  const int64_t S = slots<T>(a.chans), L = width<T>, N = a.chans < L ? a.chans : L;
+// Add rows from .. to of one slot after the other to its two sums; `terms(r, c, one, two)` gives what a vector adds.
+template <class T, class F> static inline void add_up(int64_t from, int64_t to, int64_t chans, T* sum, T* other,
+                                                      F terms) {
+  const int64_t S = slots<T>(chans), L = width<T>;
+  int64_t r = from;
+  auto some = [&](auto count) {
+    constexpr int K = decltype(count)::value;
+    for (; r + K <= to; r += K)
+      for (int64_t s = 0; s < S; s++) {
+        const int64_t c = first<T>(s, chans);
+        Vec<T> u = load(sum + s * L, L), q = load(other + s * L, L);
+#pragma GCC unroll 4
+        for (int k = 0; k < K; k++) {
+          Vec<T> one, two;
+          terms(r + k, c, s, one, two);
+          u += one;
+          q += two;
+        }
+        store(sum + s * L, u, L);
+        store(other + s * L, q, L);
+      }
+  };
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 1>{});
+}
+
+template <class T, int A, bool WIDE>
+__attribute__((noinline)) static void moments(const Rows<T> k, const T* origin, int64_t from, int64_t to, T* sum,
+                                              T* square) {
+  add_up<T>(from, to, k.chans, sum, square, [=](int64_t r, int64_t c, int64_t s, Vec<T>& one, Vec<T>& two) {
+    one = act<A, T>(get<T, WIDE>(k.x + r * k.ldx + c, k.chans), k.beta) - load(origin + s * width<T>, width<T>);
+    two = one * one;
+  });
+}
+
+template <class T, int A, bool WIDE> static void statistics(const Args& a) {
+  const Rows<T> k(a);
+  const int64_t S = slots<T>(a.chans), L = width<T>, N = WIDE ? L : a.chans;
   std::vector<T> origin(S * L, T(0));  // sums of differences from one value lose nothing to a large mean
-  for (int64_t s = 0; s < S; s++) store(&origin[s * L], act<A, T>(load(x + first<T>(s, a.chans), N), beta), L);
+  for (int64_t s = 0; s < S; s++) store(&origin[s * L], act<A, T>(load(k.x + first<T>(s, a.chans), N), k.beta), L);
   std::vector<double> one(a.chans), two(a.chans);
   sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* square) {
-    int64_t r = from;
-    auto rows = [&](auto count) {
-      constexpr int K = decltype(count)::value;
-      for (; r + K <= to; r += K)
-        for (int64_t s = 0; s < S; s++) {
-          const T* p = x + r * a.ldx + first<T>(s, a.chans);
-          Vec<T> o = load(&origin[s * L], L), u = load(sum + s * L, L), q = load(square + s * L, L);
-          for (int k = 0; k < K; k++) {
-            Vec<T> v = act<A, T>(load(p + k * a.ldx, N), beta) - o;
-            u += v;
-            q += v * v;
-          }
-          store(sum + s * L, u, L);
-          store(square + s * L, q, L);
-        }
-    };
-    rows(std::integral_constant<int, 4>{});
-    rows(std::integral_constant<int, 1>{});
+    moments<T, A, WIDE>(k, origin.data(), from, to, sum, square);
   });
   for (int64_t s = 0; s < S; s++)
     for (int64_t l = 0; l < N; l++) {
@@ -152,125 +189,129 @@ template <class T, int A> static void statistics(const Args& a) {
 
 // One row after the other; the last slot of a row is read before anything of the row is written, so that the output
 // may be one of the inputs although slots overlap.
-template <class T, class Read, class Write> static void each_row(const Args& a, Read read, Write write) {
-  const int64_t L = width<T>, N = a.chans < L ? a.chans : L, n = a.threads;
-  const int64_t whole = a.chans / L * L, tail = a.chans < L ? 0 : a.chans - L;
-#pragma omp parallel num_threads(n)
+template <class T, bool WIDE, class Read, class Write>
+static inline void each_row(int64_t from, int64_t to, int64_t chans, Read read, Write write) {
+  const int64_t L = width<T>, whole = WIDE ? chans / L * L : 0, tail = WIDE ? chans - L : 0;
+  for (int64_t r = from; r < to; r++) {
+    auto last = read(r, tail);
+    for (int64_t c = 0; c < whole; c += L) write(r, c, read(r, c));
+    if (whole < chans) write(r, tail, last);
+  }
+}
+template <class F> static void share_rows(const Args& a, F some) {
+#pragma omp parallel num_threads(a.threads)
   {
-    int64_t t = omp_get_thread_num(), from = a.rows * t / n, to = a.rows * (t + 1) / n;
-    for (int64_t r = from; r < to; r++) {
-      auto last = read(r, tail, N);
-      for (int64_t c = 0; c < whole; c += L) write(r, c, L, read(r, c, L));
-      if (whole < a.chans) write(r, tail, N, last);
-    }
+    const int64_t t = omp_get_thread_num(), n = a.threads;
+    some(a.rows * t / n, a.rows * (t + 1) / n);
   }
 }
 
-template <class T, int A, bool FIRST> static void forward(const Args& a) {
-  if (a.batch) statistics<T, FIRST ? A : IDENTITY>(a);
+template <class T, int A, bool FIRST, bool WIDE>
+__attribute__((noinline)) static void write_rows(const Rows<T> k, int64_t from, int64_t to) {
   using V = Vec<T>;
   struct In { V x, res, add; };
-  const Coefficients<T> k(a);
-  const T beta = T(a.beta);
-  each_row<T>(a,
-    [&](int64_t r, int64_t c, int64_t n) {
-      In v{load((const T*)a.x + r * a.ldx + c, n), V{}, V{}};
-      if (a.res) v.res = load((const T*)a.res + r * a.ldres + c, n);
-      if (a.add) v.add = load((const T*)a.add + r * a.ldadd + c, n);
+  each_row<T, WIDE>(from, to, k.chans,
+    [=](int64_t r, int64_t c) {
+      In v{get<T, WIDE>(k.x + r * k.ldx + c, k.chans), V{}, V{}};
+      if (!FIRST && k.res) v.res = get<T, WIDE>(k.res + r * k.ldres + c, k.chans);
+      if (k.add) v.add = get<T, WIDE>(k.add + r * k.ldadd + c, k.chans);
       return v;
     },
-    [&](int64_t r, int64_t c, int64_t n, const In& v) {
-      V scale = load(&k.scale[c], n), shift = load(&k.shift[c], n);
-      V y = FIRST ? act<A, T>(v.x, beta) * scale + shift : act<A, T>(v.x * scale + shift + v.res, beta);
-      if (a.y) store((T*)a.y + r * a.ldy + c, y, n);
-      if (a.y2) store((T*)a.y2 + r * a.ldy2 + c, y + v.add, n);
+    [=](int64_t r, int64_t c, const In& v) {
+      V scale = get<T, WIDE>(k.scale + c, k.chans), shift = get<T, WIDE>(k.shift + c, k.chans);
+      V y = FIRST ? act<A, T>(v.x, k.beta) * scale + shift : act<A, T>(v.x * scale + shift + v.res, k.beta);
+      if (k.y) put<T, WIDE>(k.y + r * k.ldy + c, y, k.chans);
+      if (k.y2) put<T, WIDE>(k.y2 + r * k.ldy2 + c, y + v.add, k.chans);
     });
 }
 
-template <class T, int A, bool FIRST> static void backward(const Args& a) {
-  using V = Vec<T>;
-  const T beta = T(a.beta);
-  const int64_t S = slots<T>(a.chans), L = width<T>, N = a.chans < L ? a.chans : L;
-  const Coefficients<T> k(a);
-  std::vector<double> one(a.chans), two(a.chans);
-  // Gradient in front of the normalisation's output, and the normalisation's input minus its mean.
-  auto inner = [&](int64_t r, int64_t c, int64_t n, V x, V dy, V& centred) {
-    V value;
+template <class T, int A, bool FIRST, bool WIDE> static void forward(const Args& a) {
+  if (a.batch) statistics<T, FIRST ? A : IDENTITY, WIDE>(a);
+  const Coefficients<T> found(a);
+  Rows<T> k(a);
+  k.scale = found.scale.data();
+  k.shift = found.shift.data();
+  share_rows(a, [&](int64_t from, int64_t to) { write_rows<T, A, FIRST, WIDE>(k, from, to); });
+}
+
+template <class T, bool WIDE> static inline Vec<T> gradient(const Rows<T>& k, int64_t r, int64_t c) {
+  Vec<T> d = get<T, WIDE>(k.dy + r * k.lddy + c, k.chans);
+  return k.add ? d + get<T, WIDE>(k.add + r * k.ldadd + c, k.chans) : d;
+}
+
+// Sums of the gradient in front of the normalisation's output, and of its product with the centred input.
+template <class T, int A, bool FIRST, bool WIDE>
+__attribute__((noinline)) static void products(const Rows<T> k, int64_t from, int64_t to, T* sum, T* product) {
+  add_up<T>(from, to, k.chans, sum, product, [=](int64_t r, int64_t c, int64_t, Vec<T>& one, Vec<T>& two) {
+    const Vec<T> x = get<T, WIDE>(k.x + r * k.ldx + c, k.chans), mean = get<T, WIDE>(k.mean + c, k.chans);
+    one = gradient<T, WIDE>(k, r, c);
     if (FIRST) {
-      centred = act<A, T>(x, beta) - load(&k.mean[c], n);
-      return dy;
+      two = one * (act<A, T>(x, k.beta) - mean);
+    } else {
+      Vec<T> u = x * get<T, WIDE>(k.scale + c, k.chans) + get<T, WIDE>(k.shift + c, k.chans), value;
+      if (k.res) u += get<T, WIDE>(k.res + r * k.ldres + c, k.chans);
+      one *= slope<A, T>(u, k.beta, value);
+      two = one * (x - mean);
     }
-    V u = x * load(&k.scale[c], n) + load(&k.shift[c], n);
-    if (a.res) u += load((const T*)a.res + r * a.ldres + c, n);
-    centred = x - load(&k.mean[c], n);
-    return dy * slope<A, T>(u, beta, value);
-  };
-  auto gradient = [&](int64_t r, int64_t c, int64_t n) {
-    V d = load((const T*)a.dy + r * a.lddy + c, n);
-    return a.add ? d + load((const T*)a.add + r * a.ldadd + c, n) : d;
-  };
-  const bool sums = a.batch || a.dweight || a.y2;
-  if (sums) sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* product) {
-    int64_t r = from;
-    auto rows = [&](auto count) {
-      constexpr int K = decltype(count)::value;
-      for (; r + K <= to; r += K)
-        for (int64_t s = 0; s < S; s++) {
-          int64_t c = first<T>(s, a.chans);
-          V u = load(sum + s * L, L), q = load(product + s * L, L);
-          for (int j = 0; j < K; j++) {
-            V centred;
-            V d = inner(r + j, c, N, load((const T*)a.x + (r + j) * a.ldx + c, N), gradient(r + j, c, N), centred);
-            if (a.y2) store((T*)a.y2 + (r + j) * a.ldy2 + c, d, N);
-            u += d;
-            q += d * centred;
-          }
-          store(sum + s * L, u, L);
-          store(product + s * L, q, L);
-        }
-    };
-    rows(std::integral_constant<int, 4>{});
-    rows(std::integral_constant<int, 1>{});
+    if (k.y2) put<T, WIDE>(k.y2 + r * k.ldy2 + c, one, k.chans);
   });
+}
+
+template <class T, int A, bool FIRST, bool WIDE>
+__attribute__((noinline)) static void write_gradient(const Rows<T> k, int64_t from, int64_t to) {
+  using V = Vec<T>;
+  struct In { V x, d; };
+  each_row<T, WIDE>(from, to, k.chans,
+    [=](int64_t r, int64_t c) {
+      V x = get<T, WIDE>(k.x + r * k.ldx + c, k.chans);
+      return In{x, k.y2 ? get<T, WIDE>(k.y2 + r * k.ldy2 + c, k.chans) : gradient<T, WIDE>(k, r, c)};
+    },
+    [=](int64_t r, int64_t c, const In& v) {
+      auto of = [=](const T* p) { return get<T, WIDE>(p + c, k.chans); };
+      V scale = of(k.scale), value, d = v.d, dx;
+      if (FIRST) {
+        V rise = slope<A, T>(v.x, k.beta, value);
+        dx = scale * (d - of(k.offset) - (value - of(k.mean)) * of(k.factor)) * rise;
+      } else {
+        if (!k.y2) d *= slope<A, T>(v.x * scale + of(k.shift), k.beta, value);
+        dx = scale * (d - of(k.offset) - (v.x - of(k.mean)) * of(k.factor));
+      }
+      put<T, WIDE>(k.y + r * k.ldy + c, dx, k.chans);
+    });
+}
+
+template <class T, int A, bool FIRST, bool WIDE> static void backward(const Args& a) {
+  const Coefficients<T> found(a);
   std::vector<T> offset(a.chans), factor(a.chans);
+  std::vector<double> one(a.chans), two(a.chans);
+  Rows<T> k(a);
+  k.scale = found.scale.data();
+  k.shift = found.shift.data();
+  k.mean = found.mean.data();
+  k.offset = offset.data();
+  k.factor = factor.data();
+  if (a.batch || a.dweight || a.y2)
+    sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* product) {
+      products<T, A, FIRST, WIDE>(k, from, to, sum, product);
+    });
   for (int64_t c = 0; c < a.chans; c++) {
-    double n = double(a.rows), r = k.rstd[c];
+    double n = double(a.rows), r = found.rstd[c];
     if (a.dweight) ((T*)a.dweight)[c] = T(two[c] * r);
     if (a.dbias) ((T*)a.dbias)[c] = T(one[c]);
     offset[c] = a.batch ? T(one[c] / n) : T(0);
     factor[c] = a.batch ? T(two[c] * r * r / n) : T(0);
   }
-  if (!a.y) return;
-  struct In { V x, d; };
-  each_row<T>(a,
-    [&](int64_t r, int64_t c, int64_t n) {
-      V x = load((const T*)a.x + r * a.ldx + c, n);
-      return In{x, a.y2 ? load((const T*)a.y2 + r * a.ldy2 + c, n) : gradient(r, c, n)};
-    },
-    [&](int64_t r, int64_t c, int64_t n, const In& v) {
-      V scale = load(&k.scale[c], n), centred, dx;
-      if (FIRST) {
-        V value, rise = slope<A, T>(v.x, beta, value);
-        centred = value - load(&k.mean[c], n);
-        dx = scale * (v.d - load(&offset[c], n) - centred * load(&factor[c], n)) * rise;
-      } else {
-        V d = v.d;
-        centred = v.x - load(&k.mean[c], n);
-        if (!a.y2) {
-          V value;
-          d *= slope<A, T>(v.x * scale + load(&k.shift[c], n), beta, value);
-        }
-        dx = scale * (d - load(&offset[c], n) - centred * load(&factor[c], n));
-      }
-      store((T*)a.y + r * a.ldy + c, dx, n);
-    });
+  if (a.y) share_rows(a, [&](int64_t from, int64_t to) { write_gradient<T, A, FIRST, WIDE>(k, from, to); });
 }
 
 template <class T> static void dispatch(const Args& a, bool back) {
-#define CASE(A) \
-  if (a.act == A && a.act_first) { back ? backward<T, A, true>(a) : forward<T, A, true>(a); } \
-  if (a.act == A && !a.act_first) { back ? backward<T, A, false>(a) : forward<T, A, false>(a); }
-  CASE(IDENTITY) CASE(RELU) CASE(MISH)
+  const bool wide = a.chans >= width<T>;
+#define CASE(A, FIRST, WIDE) \
+  if (a.act == A && bool(a.act_first) == FIRST && wide == WIDE) \
+    back ? backward<T, A, FIRST, WIDE>(a) : forward<T, A, FIRST, WIDE>(a);
+#define CASES(A) CASE(A, false, false) CASE(A, false, true) CASE(A, true, false) CASE(A, true, true)
+  CASES(IDENTITY) CASES(RELU) CASES(MISH)
+#undef CASES
 #undef CASE
 }
 extern "C" void norm_act_float(const Args* a, int back) { dispatch<float>(*a, back); }
