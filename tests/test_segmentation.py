@@ -1,6 +1,7 @@
 """A segmentation from recipe to report, through the real command line."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -140,12 +141,17 @@ def test_resized_images_train_too(pond_recipe, resize):
         ("augment.mixup=0.2", "augment.mixup: MixUp blends classes, and a pixel of a mask has one"),
         ("model={name: res2netplus50d, warm_start: true, pretrained: true}", "model.warm_start"),
         ("task={kind: segmentation, decoder: pan}", "task.decoder: pan pools 128 x 128 pixels into one"),
-        ("task={kind: classification}", "data.resize: only tasks that learn from masks"),
+        ("task={kind: classification} data.resize=pad", "data.masks: task.kind=classification reads no masks"),
+        ("task.loss.focal_gamma=3.0", "task.loss.focal_gamma: has no effect with focal=0"),
+        ("task.loss.cross_entropy=0 task.loss.label_smoothing=0.1", "label_smoothing: has no effect with cross_"),
+        ("task.loss.cross_entropy=0", "task.class_weights: dice and lovasz take the mean over the classes"),
+        ("data.resize=pad task.overlap=0.5", "task.overlap: has no effect with data.resize=pad"),
+        ("task={kind: multilabel} data.masks={}", "data.resize: only tasks that learn from masks or boxes"),
     ],
 )
 def test_what_does_not_go_together(pond_recipe, override, message):
     with pytest.raises(RecipeError, match=message):
-        load_recipe(pond_recipe, [override])
+        load_recipe(pond_recipe, re.split(r" (?=\w+\.\w+)", override))
 
 
 def test_class_weights_must_be_one_for_each_class(pond_recipe):

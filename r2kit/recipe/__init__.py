@@ -84,12 +84,10 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.data.resize == "tile" and self.target == "class":
-            raise ValueError(
-                f"data.resize: only tasks that learn from masks or boxes read images in tiles; {self.task.kind} allows "
-                "squash, crop and pad"
-            )
         self._consistent_boxes()
+        self._consistent_tiles()
+        if self.data.masks != type(self.data.masks)() and self.target != "mask" and self.data.source != "rasters":
+            raise ValueError(f"data.masks: task.kind={self.task.kind} reads no masks; leave data.masks out")
         if self.target == "mask" and self.augment.mixup:
             raise ValueError(
                 "augment.mixup: MixUp blends classes, and a pixel of a mask has one; augment.cutmix may be set"
@@ -124,6 +122,19 @@ class Recipe(Spec):
         if self.target not in ("class", "classes") and self.data.sampler != "shuffle":
             raise ValueError(f"data.sampler: {self.data.sampler} draws by the class of whole images; use shuffle here")
         return self
+
+    def _consistent_tiles(self) -> None:
+        """Refuse tiles where images are read whole, and an overlap of tiles where there are none."""
+        if self.data.resize == "tile" and self.target in ("class", "classes"):
+            raise ValueError(
+                f"data.resize: only tasks that learn from masks or boxes read images in tiles; {self.task.kind} allows "
+                "squash, crop and pad"
+            )
+        parts = {"data.boxes.overlap": self.data.boxes.model_dump(exclude_defaults=True)}
+        parts["task.overlap"] = self.task.model_dump(exclude_defaults=True)
+        for name, changed in parts.items():
+            if "overlap" in changed and self.data.resize != "tile":
+                raise ValueError(f"{name}: has no effect with data.resize={self.data.resize}; set data.resize=tile too")
 
     def _consistent_boxes(self) -> None:
         """Refuse what does not go with boxes, and what goes with boxes only."""

@@ -55,6 +55,9 @@ class SegmentationLossSpec(Spec):
     def _consistent(self) -> SegmentationLossSpec:
         if self.cross_entropy + self.dice + self.focal + self.lovasz == 0.0:
             raise ValueError("cross_entropy: every loss has weight 0; give at least one a weight, e.g. cross_entropy=1")
+        for name, needed in (("focal_gamma", "focal"), ("label_smoothing", "cross_entropy")):
+            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, needed) == 0.0:
+                raise ValueError(f"{name}: has no effect with {needed}=0; give {needed} a weight, or leave {name} out")
         return self
 
 
@@ -95,6 +98,11 @@ class SegmentationSpec(Spec):
             raise ValueError(
                 f"output_stride: only deeplabv3 and deeplabv3plus have a choice; leave it out with "
                 f"decoder={self.decoder}"
+            )
+        if self.class_weights != "none" and self.loss.cross_entropy + self.loss.focal == 0.0:
+            raise ValueError(
+                "class_weights: dice and lovasz take the mean over the classes, and weigh no pixels; leave "
+                "class_weights out, or give loss.cross_entropy or loss.focal a weight"
             )
         return self
 

@@ -188,6 +188,7 @@ def test_instances_with_outlines(detection_recipe, objects_folder, tmp_path):
         (["data.source=table"], "data.source: table has no boxes"),
         (["task.model=fcos", "task.anchors=auto"], "task.anchors: fcos has none"),
         (["task.model=mask_rcnn"], "task.model: got mask_rcnn"),
+        (["data.resize=pad", "data.boxes.overlap=0.5"], "data.boxes.overlap: has no effect with data.resize=pad"),
         (["task.kind=classification"], "unknown key|augment.mosaic: is for boxes"),
     ],
 )
