@@ -24,7 +24,7 @@ from rich.console import Console
 from r2kit.console import make_console
 from r2kit.data.reader import find_images
 from r2kit.errors import DataError, R2kitError, RunError, require
-from r2kit.maps import MapSettings, map_files, predict_map
+from r2kit.maps import MapSettings, map_files, predict_map, whole_scenes
 from r2kit.predict import predict
 from r2kit.predict.classification import bad_files, write_table
 from r2kit.run import Run
@@ -123,8 +123,8 @@ def predict_table(
             f"{run.path}: --engine ray gives tables of classes and maps of scenes; for image files of a run of {kind} "
             "leave it out"
         )
-    files = [str(path.resolve()) for path in find_images(paths)]
-    given = [str(path) for path in find_images(paths)]
+    images = find_images(paths, run.recipe.data.band_files)
+    files, given = [str(path.resolve()) for path in images], [str(path) for path in images]
     task = Table(str(run.path.resolve()), batch_size, device, tta)
     facts = [run.info["id"], hashlib.sha256(run.weights_file.read_bytes()).hexdigest(), files, batch_size, tta]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -167,6 +167,7 @@ def predict_scenes(
         DataError: If two scenes would write one map, or after all others were made, if one could not be.
     """
     require("ray", "ray[data]", "ray", "--engine ray")
+    scenes = whole_scenes(run, scenes)
     targets = map_files(scenes, out)
     pieces = [
         Piece(number, (str(scene.resolve()),), str(target.resolve()))

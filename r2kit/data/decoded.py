@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from r2kit.cache import cache_folder
+from r2kit.data.stacks import files_of
 
 _FORMAT = 1  # raise when the reader starts to give other pixels for the same file
 
@@ -60,10 +61,11 @@ class DecodedImages:
         if not self.active:
             return decode()
         try:
-            status = os.stat(path)
+            stamps = [os.stat(file) for file in files_of(path)]
         except OSError:
             return decode()  # which says what is wrong with it
-        stamp = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{self._what}"
+        stamp = "\0".join(f"{status.st_size}\0{status.st_mtime_ns}" for status in stamps)
+        stamp = f"{os.path.abspath(path)}\0{stamp}\0{self._what}"
         name = hashlib.sha256(stamp.encode()).hexdigest()
         place = self.folder / name[:2] / f"{name}.npy"
         try:

@@ -24,6 +24,7 @@ from r2kit.data.decoded import DecodedImages, trial
 from r2kit.data.perceptual import coefficients
 from r2kit.data.reader import ImageInfo, choose_bands, examine_image, read_image
 from r2kit.data.sources import Target, fingerprint_of
+from r2kit.data.stacks import files_of, parts_of
 from r2kit.errors import DataError
 
 _CHECK = 4  # raise when the reader starts to accept, refuse or describe files in another way
@@ -116,7 +117,7 @@ class ImageFiles:
         carried = self.manifest["labels" if several else "label"]
         self.fingerprint = fingerprint_of(zip(listed["id"], carried, listed["sha256"], strict=True))
         self._paths: list[str] = self.manifest["path"].tolist()
-        holds_rasters = any(path.lower().endswith((".tif", ".tiff")) for path in self._paths)
+        holds_rasters = any(path.lower().endswith((".tif", ".tiff")) or parts_of(path) for path in self._paths)
         self.start_method = raster_start_method() if holds_rasters else None
 
     def decode_for(self, network: tuple[int, int] | None, cache_gb: float | Literal["auto"] = 0.0) -> None:
@@ -274,13 +275,16 @@ def bad_files_message(bad: list[tuple[str, str]], total: int) -> str:
 
 def stamp_of(path: Path) -> str:
     """Size and modification time, by which an unchanged file is known."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    stamps = []
+    for file in files_of(path):
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            return "missing"
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+        stamps.append(f"{status.st_size}-{status.st_mtime_ns}")
+    return "+".join(stamps)
 
 
 def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
@@ -291,8 +295,7 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
     row |= {"pixels": None, "flat": None, "low": None, "height": None, "width": None}
     try:
         info, pixels = examine_image(path)
-        with path.open("rb") as file:
-            row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        row["sha256"] = _digest(path)
     except DataError as error:
         row["error"] = str(error).removeprefix(f"{path}: ")
     else:
@@ -302,6 +305,15 @@ def _check_file(root: Path, identity: str, stamp: str) -> dict[str, object]:
         row |= {"low": None if low is None else low.astype(np.float16).tobytes()}
         row |= {"height": pixels.shape[0], "width": pixels.shape[1]}
     return row
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of a stack, that of the digests of its files."""
+    digests = []
+    for part in files_of(path):
+        with part.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def is_flat(pixels: np.ndarray) -> bool:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from r2kit.data.files import ImageFiles
 from r2kit.data.reader import IMAGE_SUFFIXES, find_images
+from r2kit.data.stacks import bands_in
 from r2kit.errors import DataError, did_you_mean
 
 PART_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -22,6 +23,7 @@ class ImageFolder(ImageFiles):
     Args:
         root: The folder.
         bands: Names of the bands to read, or their positions from 1, in this order; None for all.
+        band_files: Bands that come as a file each, see `stacks.stack_files`; None where an image is one file.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
 
@@ -34,18 +36,31 @@ class ImageFolder(ImageFiles):
         root: Path,
         *,
         bands: Sequence[str | int] | None = None,
+        band_files: Sequence[str] | None = None,
         on_bad_file: Literal["error", "skip"] = "error",
         workers: int = 1,
     ) -> None:
-        listed = _list_images(root)
+        listed = _list_images(root, band_files)
         names = sorted(listed["class"].unique())
+        if band_files is None:
+            _refuse_bands(root, listed["id"].tolist())
         if len(names) < 2:
             raise DataError(f"{root}: only one class, '{names[0]}'; a classifier needs at least two class folders")
         listed = listed.assign(group=None, lon=np.nan, lat=np.nan)
         super().__init__(str(root), root, listed, bands=bands, on_bad_file=on_bad_file, workers=workers)
 
 
-def _list_images(root: Path) -> pd.DataFrame:
+def _refuse_bands(root: Path, ids: Sequence[str]) -> None:
+    """Refuse files that are the bands of tiles by their names: each would be learned as an image of its own."""
+    bands, tiles = bands_in(ids)
+    if len(bands) > 1 and tiles * len(bands) == len(ids):
+        raise DataError(
+            f"{root}: the {len(ids)} files are {len(bands)} bands ({', '.join(bands)}) of {tiles} tiles by name; "
+            f'read them together with "data.band_files=[{", ".join(bands)}]", or name them otherwise'
+        )
+
+
+def _list_images(root: Path, band_files: Sequence[str] | None) -> pd.DataFrame:
     """Columns id (path relative to root), class, part (None without part folders)."""
     if not root.is_dir():
         if root.exists():
@@ -60,7 +75,7 @@ def _list_images(root: Path) -> pd.DataFrame:
     rows: list[tuple[str, str, str | None]] = []
     for folder in folders:
         if not has_parts:
-            rows += [(identity, folder.name, None) for identity in _images_of_class(root, folder)]
+            rows += [(identity, folder.name, None) for identity in _images_of_class(root, folder, band_files)]
             continue
         part = PART_OF_FOLDER.get(folder.name.lower())
         if part is None:
@@ -69,7 +84,8 @@ def _list_images(root: Path) -> pd.DataFrame:
         if not class_folders:
             raise DataError(f"{folder}: has no class folders; expected {folder.name}/CLASS/image")
         for class_folder in class_folders:
-            rows += [(identity, class_folder.name, part) for identity in _images_of_class(root, class_folder)]
+            found = _images_of_class(root, class_folder, band_files)
+            rows += [(identity, class_folder.name, part) for identity in found]
     listed = pd.DataFrame(rows, columns=["id", "class", "part"], dtype=object)
     if has_parts:
         trained = set(listed["class"][listed["part"] == "train"])
@@ -86,11 +102,13 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
-def _images_of_class(root: Path, folder: Path) -> list[str]:
+def _images_of_class(root: Path, folder: Path, band_files: Sequence[str] | None) -> list[str]:
     """Ids of the images below a class folder."""
     try:
-        found = find_images([folder])
+        found = find_images([folder], band_files)
     except DataError as error:
+        if band_files is not None:
+            raise
         raise DataError(
             f"{folder}: class '{folder.name}' has no image; known suffixes are {', '.join(IMAGE_SUFFIXES)}"
         ) from error

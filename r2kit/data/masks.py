@@ -20,6 +20,7 @@ from r2kit.data.files import ImageFiles, bad_files_message, memory_of, pixel_has
 from r2kit.data.folder import PART_OF_FOLDER
 from r2kit.data.reader import MAX_IMAGE_BYTES, find_images, open_raster, read_image
 from r2kit.data.sources import DenseSource, Target, fingerprint_of, loader_workers
+from r2kit.data.stacks import name_of
 from r2kit.data.table import list_table
 from r2kit.data.targets import IGNORE, MaskTarget
 from r2kit.errors import DataError, did_you_mean
@@ -47,9 +48,17 @@ def open_masks(spec: DataSpec) -> DenseSource:
         )
     root = Path(spec.root)
     if spec.resolved_source == "table":
-        name, folder, listed = str(root), root.parent, list_table(root, spec.allow_outside, "mask")
+        name, folder, listed = (
+            str(root),
+            root.parent,
+            list_table(root, spec.allow_outside, "mask", band_files=spec.band_files),
+        )
     else:
-        name, folder, listed = str(root), root, _list_pairs(root).assign(group=None, lon=np.nan, lat=np.nan)
+        name, folder, listed = (
+            str(root),
+            root,
+            _list_pairs(root, spec.band_files).assign(group=None, lon=np.nan, lat=np.nan),
+        )
     images = MaskedImages(
         name,
         folder,
@@ -351,7 +360,7 @@ def _colour(code: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _list_pairs(root: Path) -> pd.DataFrame:
+def _list_pairs(root: Path, band_files: Sequence[str] | None) -> pd.DataFrame:
     """Columns id and mask (paths relative to root) and part (None without part folders)."""
     if not root.is_dir():
         if root.exists():
@@ -364,9 +373,9 @@ def _list_pairs(root: Path) -> pd.DataFrame:
         for name, folder in sorted(folders.items()):
             if name not in PART_OF_FOLDER:
                 raise DataError(f"{folder}: stands beside train; only folders named train, val and test may")
-            rows += [(*pair, PART_OF_FOLDER[name]) for pair in _pairs(root, folder)]
+            rows += [(*pair, PART_OF_FOLDER[name]) for pair in _pairs(root, folder, band_files)]
     else:
-        pairs = _pairs(root, root)
+        pairs = _pairs(root, root, band_files)
         tops = {Path(image).parts[1].lower() if len(Path(image).parts) > 2 else "" for image, _ in pairs}
         if "train" in tops and tops <= set(PART_OF_FOLDER):  # images/train/..., masks/train/...
             rows += [(image, mask, PART_OF_FOLDER[Path(image).parts[1].lower()]) for image, mask in pairs]
@@ -375,13 +384,14 @@ def _list_pairs(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "mask", "part"], dtype=object)
 
 
-def _pairs(root: Path, folder: Path) -> list[tuple[str, str]]:
+def _pairs(root: Path, folder: Path, band_files: Sequence[str] | None) -> list[tuple[str, str]]:
     """(image, mask), relative to root, of the files of the same name below folder/images and folder/masks."""
     for name in ("images", "masks"):
         if not (folder / name).is_dir():
             near = did_you_mean(name, [p.name for p in folder.iterdir() if p.is_dir()])
             raise DataError(f"{folder}: has no folder '{name}'{near}; expected images/ and masks/ with the same names")
-    images = {p.relative_to(folder / "images").with_suffix("").as_posix(): p for p in find_images([folder / "images"])}
+    files = find_images([folder / "images"], band_files)
+    images = {name_of(p.relative_to(folder / "images")).as_posix(): p for p in files}
     found = find_images([folder / "masks"])
     masks = {p.relative_to(folder / "masks").with_suffix("").as_posix(): p for p in found}
     if len(masks) < len(found):

@@ -27,6 +27,7 @@ from r2kit.data.polygons import PlacedPolygons, Polygons, place_of
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.reader import choose_bands, describe_raster, find_images, keep_raster_open, open_raster
 from r2kit.data.sources import fingerprint_of
+from r2kit.data.stacks import name_of
 from r2kit.data.targets import IGNORE, MaskTarget
 from r2kit.errors import DataError
 from r2kit.recipe import DataSpec, Target
@@ -54,7 +55,7 @@ class RasterTiles:
         self.name = spec.root
         self.target: Target = target
         self.tile = spec.rasters.tile
-        files = find_images([Path(spec.root)])
+        files = find_images([Path(spec.root)], spec.band_files)
         self._sheets, self.bands, self.scale, self.nodata = _describe(spec, files)
         labels = Path(spec.rasters.labels)
         polygons = None
@@ -323,7 +324,7 @@ def _describe(spec: DataSpec, files: list[Path]) -> tuple[list[_Sheet], tuple[st
                     raise DataError(f"{path}: is not georeferenced; use data.source=folder for plain pictures")
                 names = info.bands if spec.bands is None else choose_bands(spec.bands, info.bands, str(path))
                 positions = tuple(kept[info.bands.index(name)] + 1 for name in names)
-                identity = path.stem if len(files) == 1 else f"{path.stem}-{_short(path)}"
+                identity = name_of(path).name if len(files) == 1 else f"{name_of(path).name}-{_short(path)}"
                 sheets.append(_Sheet(str(path), identity, dataset.shape, dataset.crs, dataset.transform, positions))
         except rasterio.errors.RasterioError as error:
             raise DataError(f"{path}: cannot be opened as a raster: {error}") from error
@@ -347,10 +348,11 @@ def _short(path: Path) -> str:
 def _mask_of(labels: Path, image: Path, count: int) -> str:
     """The mask raster of an image: the file itself, or the one of the same name in a folder."""
     if labels.is_dir():
+        name = name_of(image).name
         for suffix in (".tif", ".tiff", ".TIF", ".TIFF"):
-            if (labels / f"{image.stem}{suffix}").is_file():
-                return str(labels / f"{image.stem}{suffix}")
-        raise DataError(f"{image}: has no mask; expected {labels / image.stem}.tif")
+            if (labels / f"{name}{suffix}").is_file():
+                return str(labels / f"{name}{suffix}")
+        raise DataError(f"{image}: has no mask; expected {labels / name}.tif")
     if not labels.is_file():
         raise DataError(f"{labels}: no such mask raster or folder of mask rasters (data.rasters.labels)")
     return str(labels)

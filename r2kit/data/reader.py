@@ -18,9 +18,11 @@ import numpy as np
 import rasterio
 import rasterio.warp
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from rasterio.dtypes import dtype_rev, typename_fwd
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
+from r2kit.data.stacks import BandFile, parts_of, stack_files, virtual_raster
 from r2kit.errors import DataError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
@@ -75,7 +77,7 @@ def read_image(
     network: tuple[int, int] | None = None,
     max_bytes: int | None = None,
 ) -> np.ndarray:
-    """Read an image file.
+    """Read an image file, or the files of a stack (see `r2kit.data.stacks`) as one.
 
     JPEG, PNG and WebP become red, green, blue whatever they hold (greyscale, palette, CMYK, transparency), turned
     upright by their EXIF orientation; PNG with 16 bits keeps them. TIFF keeps all its bands and its type; a palette
@@ -135,11 +137,12 @@ def examine_image(path: str | Path) -> tuple[ImageInfo, np.ndarray]:
     return _decode(Path(path))
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
+def find_images(paths: Iterable[str | Path], band_files: Sequence[str] | None = None) -> list[Path]:
     """List the image files among the given files and, at any depth, in the given folders; hidden ones are left out.
 
     Args:
-        paths: Files and folders.
+        paths: Files, stacks of files, and folders; with `band_files` also tiles by the beginning of their files' names.
+        band_files: Bands that come as a file each: the files of a folder are then put together, see `stacks`.
 
     Returns:
         Files, each once, in the order of `paths`, those of a folder sorted.
@@ -153,8 +156,15 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             inside = sorted(p for p in _walk(path) if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise DataError(f"{path}: no image in this folder; known suffixes are {', '.join(IMAGE_SUFFIXES)}")
-            found.update(dict.fromkeys(inside))
+            found.update(dict.fromkeys(inside if band_files is None else _stacked(path, inside, band_files)))
+        elif parts_of(path) is not None:
+            found[path] = None
         elif not path.exists():
+            if band_files is not None and path.parent.is_dir():
+                beginning = sorted(p for p in path.parent.iterdir() if p.name.startswith(path.name))
+                if len(stacks := stack_files(beginning, band_files)) == 1:
+                    found[stacks[0]] = None
+                    continue
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, near)}")
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -162,6 +172,17 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         else:
             found[path] = None
     return list(found)
+
+
+def _stacked(folder: Path, files: list[Path], bands: Sequence[str]) -> list[Path]:
+    """The files of a folder as stacks."""
+    stacks = stack_files(files, bands)
+    if not stacks:
+        raise DataError(
+            f"{folder}: none of {len(files)} files is of a band of data.band_files ({', '.join(bands)}), e.g. "
+            f"{files[0].name}; expected TILE/{bands[0]}.tif or TILE_{bands[0]}.tif"
+        )
+    return stacks
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -213,6 +234,13 @@ def _places(bands: Sequence[str | int] | None, info: ImageInfo, path: Path) -> l
 
 def _sniff(path: Path) -> str:
     """Tell the format from the first bytes."""
+    if (parts := parts_of(path)) is not None:
+        for band, part in parts.items():
+            if not part.is_file():
+                raise DataError(f"{path}: band {band} is missing: {part} is no file")
+            if _sniff(part) != "TIFF":
+                raise DataError(f"{path}: {part.name} is no TIFF; bands that come as a file each are TIFF files")
+        return "TIFF"
     with path.open("rb") as file:
         head = file.read(32)
     if not head:
@@ -307,10 +335,36 @@ def keep_raster_open(
     """
     if mode == "r" and driver is None:
         _refuse_disguised(path)
+    if mode == "r" and (parts := parts_of(path)) is not None:
+        _sniff(path)
+        xml = virtual_raster(path, [_header(band, file) for band, file in parts.items()])
+        with _raster_environment(), _open_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            return rasterio.open(xml, driver="VRT")
     given = {**({"driver": driver} if driver else {}), **(profile or {})}
     with _raster_environment(), _open_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return rasterio.open(path, mode, **given)
+
+
+def _header(band: str, file: Path) -> BandFile:
+    """What a file of a stack says of its band."""
+    with open_raster(file, "GTiff") as dataset:
+        info, kept, palette = describe_raster(dataset, file, place=False)
+        if len(kept) != 1 or palette is not None:
+            raise DataError(f"{file}: holds {len(info.bands)} bands{' as a palette' if palette else ''}; one is needed")
+        placed = dataset.crs is not None and not dataset.transform.is_identity
+        return BandFile(
+            band,
+            file,
+            kept[0] + 1,
+            dataset.shape,
+            dataset.block_shapes[kept[0]],
+            typename_fwd[dtype_rev[info.dtype]],
+            info.nodata,
+            dataset.crs.to_wkt() if placed else None,
+            dataset.transform.to_gdal() if placed else None,
+        )
 
 
 def _refuse_disguised(path: Path) -> None:
@@ -370,7 +424,7 @@ def _decode_raster(
     path: Path, driver: str, bands: Sequence[str | int] | None, place: bool, most: int
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read a TIFF or a 16-bit PNG, of its bands only the wanted ones; `place`: also say where it lies."""
-    with open_raster(path, driver) as dataset:
+    with open_raster(path, None if parts_of(path) else driver) as dataset:
         info, kept, palette = describe_raster(dataset, path, place=place)
         is_picture = driver == "PNG"
         dtype = np.dtype(info.dtype)

@@ -124,13 +124,16 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
             several=target == "classes",
             allow_outside=spec.allow_outside,
             bands=spec.bands,
+            band_files=spec.band_files,
             on_bad_file=spec.on_bad_file,
             workers=workers,
         )
     else:
         from r2kit.data.folder import ImageFolder
 
-        files = ImageFolder(root, bands=spec.bands, on_bad_file=spec.on_bad_file, workers=workers)
+        files = ImageFolder(
+            root, bands=spec.bands, band_files=spec.band_files, on_bad_file=spec.on_bad_file, workers=workers
+        )
     files.decode_for(spec.network, spec.cache_gb)
     return files
 

@@ -12,6 +12,8 @@ import pandas as pd
 
 from r2kit.data.files import SEPARATOR, ImageFiles, labels_of
 from r2kit.data.folder import PART_OF_FOLDER
+from r2kit.data.reader import find_images
+from r2kit.data.stacks import files_of, parts_of, stack_path
 from r2kit.errors import DataError, did_you_mean
 
 COLUMNS = ("path", "label", "mask", "split", "group", "lon", "lat")
@@ -35,6 +37,7 @@ class ImageTable(ImageFiles):
         allow_outside: Accept absolute paths and paths with ``..`` that leave the table's folder, as the text of the
             path says; links inside the folder are followed in any case.
         bands: Names of the bands to read, or their positions from 1, in this order; None for all.
+        band_files: Bands that come as a file each, see `list_table`; None where an image is one file.
         on_bad_file: `error`: an image that cannot be used stops here. `skip`: it is left out and listed.
         workers: Threads that check the files.
 
@@ -49,10 +52,11 @@ class ImageTable(ImageFiles):
         several: bool = False,
         allow_outside: bool = False,
         bands: Sequence[str | int] | None = None,
+        band_files: Sequence[str] | None = None,
         on_bad_file: Literal["error", "skip"] = "error",
         workers: int = 1,
     ) -> None:
-        listed = list_table(table, allow_outside, several=several)
+        listed = list_table(table, allow_outside, several=several, band_files=band_files)
         if several:
             self.target = "classes"
         names = sorted(listed["class"].unique() if not several else {n for c in listed["class"] for n in labels_of(c)})
@@ -124,7 +128,12 @@ def _text(cell: object) -> str:
 
 
 def list_table(
-    table: Path, allow_outside: bool, carried: Literal["label", "mask"] = "label", *, several: bool = False
+    table: Path,
+    allow_outside: bool,
+    carried: Literal["label", "mask"] = "label",
+    *,
+    several: bool = False,
+    band_files: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Read what a table says of its images.
 
@@ -133,6 +142,8 @@ def list_table(
         allow_outside: Accept paths that leave the table's folder.
         carried: The column that must stand beside path: the class of an image, or the path of its mask.
         several: Whether a cell of label holds any number of labels; the class is then all of them, sorted.
+        band_files: Bands that come as a file each: path is then a tile's folder or the beginning of its files' names,
+            or there is no column path but one for each band, of paths.
 
     Returns:
         Columns id (path relative to the table's folder, or absolute), class (`image` for masks), part, group, lon, lat,
@@ -142,6 +153,8 @@ def list_table(
         DataError: If the table cannot be read, lacks a column, or a cell cannot be used.
     """
     frame = read_table(table, "a table of images")
+    if band_files is not None and set(band_files) & set(frame.columns):
+        frame = _with_stacks(table, frame, band_files)
     used = tuple(name for name in COLUMNS if name == carried or name not in ("label", "mask"))
     _check_columns(table, list(frame.columns), used)
     frame = frame[[name for name in used if name in frame.columns]].apply(lambda column: column.str.strip())
@@ -150,8 +163,8 @@ def list_table(
     if several:
         frame["label"] = [SEPARATOR.join(labels_of(cell)) for cell in frame["label"]]
     for name in ("path", "mask")[: 2 if carried == "mask" else 1]:
-        frame[name] = [os.path.normpath(path.replace("\\", "/")).replace(os.sep, "/") for path in frame[name]]
-        outside = frame[name].map(lambda path: os.path.isabs(path) or path == ".." or path.startswith("../"))
+        frame[name] = [_tidy(path) for path in frame[name]]
+        outside = frame[name].map(_leaves)
         if not allow_outside:
             what = f"have a {name} outside the table's folder"
             _refuse(table, frame, outside, what, "; allow it with data.allow_outside=true", cell=name)
@@ -165,6 +178,8 @@ def list_table(
                 "or, with task.kind=multilabel, several in one cell, separated by ';'"
             )
         raise DataError(f"{table}: '{first['path'].iloc[0]}' is listed {len(first)} times; list every image once")
+    if band_files is not None:
+        frame["path"] = [_stack_of(table, path, band_files) for path in frame["path"]]
     listed = pd.DataFrame({"id": frame["path"], "class": frame["label"] if carried == "label" else "image"})
     listed = listed.astype(object)
     if carried == "mask":
@@ -176,6 +191,45 @@ def list_table(
     one_only = listed["lon"].isna() != listed["lat"].isna()
     _refuse(table, frame, one_only, "have only one of lon and lat")
     return listed
+
+
+def _with_stacks(table: Path, frame: pd.DataFrame, bands: Sequence[str]) -> pd.DataFrame:
+    """The table with one column path in place of one for each band."""
+    lost = [band for band in bands if band not in frame]
+    if lost:
+        raise DataError(f"{table}: has columns of paths for some bands of data.band_files, and none for {lost[0]}")
+    if "path" in frame:
+        raise DataError(f"{table}: has a column path beside one for each band; keep one of the two")
+    files = frame[list(bands)].apply(lambda column: column.str.strip().str.replace("\\", "/"))
+    for band in bands:
+        _refuse(table, frame, files[band] == "", f"have no path of band {band}", cell=band)
+    tidy = [
+        {band: os.path.normpath(row[band]).replace(os.sep, "/") for band in bands} for row in files.to_dict("records")
+    ]
+    return frame.drop(columns=list(bands)).assign(path=[stack_path(row) for row in tidy])
+
+
+def _stack_of(table: Path, path: str, bands: Sequence[str]) -> str:
+    """The stack of a tile, relative to the table like its path; a path that is a file or a stack stays."""
+    tile = table.parent / path
+    if parts_of(tile) is not None or tile.is_file():
+        return path
+    found = find_images([tile], bands)
+    if len(found) != 1:
+        raise DataError(f"{tile}: holds {len(found)} tiles; a row of {table} is one tile")
+    return str(found[0]) if os.path.isabs(path) else os.path.relpath(found[0], table.parent).replace(os.sep, "/")
+
+
+def _tidy(path: str) -> str:
+    """A path without what is written twice, with slashes; stacks stay as they are."""
+    path = path.replace("\\", "/")
+    return path if parts_of(path) else os.path.normpath(path).replace(os.sep, "/")
+
+
+def _leaves(path: str) -> bool:
+    """Whether a path, or one of a stack, leaves the folder that it is relative to."""
+    files = [os.path.normpath(file).replace(os.sep, "/") for file in files_of(path)]
+    return any(os.path.isabs(file) or file == ".." or file.startswith("../") for file in files)
 
 
 def _check_columns(table: Path, columns: list[str], used: tuple[str, ...]) -> None:

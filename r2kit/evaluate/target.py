@@ -86,6 +86,7 @@ def other_target(run: Run, folder: Path, split: str) -> Target:
     spec = DataSpec(
         root=str(folder),
         bands=run.preprocess.bands,
+        band_files=recipe.data.band_files,
         image_size=recipe.data.image_size,
         resize=recipe.data.resize,
         masks=recipe.data.masks,

@@ -16,6 +16,7 @@ from r2kit.data.dense import known_mask
 from r2kit.data.masks import read_mask
 from r2kit.data.reader import IMAGE_SUFFIXES, find_images, read_image
 from r2kit.data.sources import DenseSource
+from r2kit.data.stacks import name_of
 from r2kit.errors import DataError, ModelError, RunError, did_you_mean
 from r2kit.explain.look import Explainer, Look, energy_inside, pointed_inside
 from r2kit.explain.methods import METHODS, Method
@@ -103,7 +104,7 @@ def explain(
     if against is not None:
         second = Explainer(against, method=method, bands=bands, device=device)
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    subjects = _files(listed, masks) if listed else _held_out(run, limit, masks)
+    subjects = _files(run, listed, masks) if listed else _held_out(run, limit, masks)
     folder = run.path / "explain" if out is None else Path(out)
     rows, panels = [], []
     for subject in subjects:
@@ -130,11 +131,11 @@ def _check_against(run: Run, against: Run, target: str | None) -> None:
 # --------------------------------------------------------------------------------------------------- the images
 
 
-def _files(paths: Sequence[str | Path], masks: str | Path | None) -> list[_Subject]:
+def _files(run: Run, paths: Sequence[str | Path], masks: str | Path | None) -> list[_Subject]:
     """The image files, each with its mask where there is a folder of them."""
     subjects = []
-    for path in find_images(paths):
-        file = None if masks is None else _mask_of(path.name, Path(masks))
+    for path in find_images(paths, run.recipe.data.band_files):
+        file = None if masks is None else _mask_of(name_of(path).name, Path(masks))
         subjects.append(_Subject(str(path), _read_file(path), _file_mask(file)))
     return subjects
 
@@ -150,13 +151,12 @@ def _mask_of(name: str, folder: Path) -> Path:
     """The mask of an image."""
     if not folder.is_dir():
         raise DataError(f"--masks: {folder} is no folder")
-    stem = Path(name).stem
     for suffix in IMAGE_SUFFIXES:
-        file = folder / f"{stem}{suffix}"
+        file = folder / f"{name}{suffix}"
         if file.is_file():
             return file
-    near = did_you_mean(stem, [entry.stem for entry in folder.iterdir()])
-    raise DataError(f"--masks: {folder} has no mask for {name}: a file named {stem}.png or the like{near}")
+    near = did_you_mean(name, [entry.stem for entry in folder.iterdir()])
+    raise DataError(f"--masks: {folder} has no mask for {name}: a file named {name}.png or the like{near}")
 
 
 def _file_mask(file: Path | None) -> Callable[[str], NDArray[np.bool_] | None]:
@@ -187,7 +187,7 @@ def _held_out(run: Run, limit: int, masks: str | Path | None) -> list[_Subject]:
             return known == module.classes.index(name)
 
         name = str(source.manifest["id"].iloc[row])
-        file = None if masks is None else _mask_of(name, Path(masks))
+        file = None if masks is None else _mask_of(name_of(Path(name)).name, Path(masks))
         return _Subject(name, read, mask if file is None else _file_mask(file))
 
     return [subject(int(row)) for row in drawn]

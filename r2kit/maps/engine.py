@@ -23,6 +23,9 @@ from rich.console import Console
 from torch import Tensor
 
 from r2kit.console import make_console, progress
+from r2kit.data.files import stamp_of
+from r2kit.data.reader import find_images
+from r2kit.data.stacks import name_of
 from r2kit.errors import DataError, R2kitError, require
 from r2kit.maps.network import AT_ONCE, TileNetwork
 from r2kit.maps.scene import Scene, Window2d
@@ -112,6 +115,7 @@ def predict_maps(
         DataError: If two scenes would write one map, or after all others were made, if one could not be.
     """
     console = console or make_console(quiet=True)
+    scenes = whole_scenes(run, scenes)
     targets = map_files(scenes, out)
     network = TileNetwork(run, settings.tile, settings.device, tta=settings.tta)
     failed: list[str] = []
@@ -134,6 +138,14 @@ def predict_maps(
     return targets
 
 
+def whole_scenes(run: Run, scenes: Sequence[Path]) -> list[Path]:
+    """Return the scenes, each a file, or the stack of the files of its bands where the run's images are such stacks."""
+    bands = run.recipe.data.band_files
+    if bands is None:
+        return list(scenes)
+    return [path for scene in scenes for path in ([scene] if scene.is_file() else find_images([scene], bands))]
+
+
 def map_files(scenes: Sequence[Path], out: Path) -> list[Path]:
     """Return the map of each scene: `out` itself if it ends in .tif, else SCENE.map.tif in the folder `out`.
 
@@ -143,7 +155,7 @@ def map_files(scenes: Sequence[Path], out: Path) -> list[Path]:
     one = out.suffix.lower() in (".tif", ".tiff")
     if one and len(scenes) != 1:
         raise DataError(f"{out}: is one map, and there are {len(scenes)} scenes; give a folder")
-    targets = [out] if one else [out / f"{scene.stem}.map.tif" for scene in scenes]
+    targets = [out] if one else [out / f"{name_of(scene).name}.map.tif" for scene in scenes]
     if len(set(targets)) != len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
         raise DataError(f"{out}: two scenes would become {twice.name}; give scenes of different names")
@@ -184,12 +196,11 @@ def _make(
 
 def _format(run: Run, network: TileNetwork, scene: Scene, settings: MapSettings) -> MapFormat:
     """What the map of a scene holds, and what it depends on."""
-    status = scene.path.stat()
     cell = None if network.dense else (settings.cell or min(network.tile))
     made_from: dict[str, Any] = {
         "run": run.info["id"],
         "weights": hashlib.sha256(run.weights_file.read_bytes()).hexdigest(),
-        "scene": [scene.path.name, status.st_size, status.st_mtime_ns],
+        "scene": [scene.path.name, stamp_of(scene.path)],
         "tile": list(network.tile),
         "overlap": settings.overlap if network.dense else None,
         "cell": cell,

@@ -13,6 +13,7 @@ from rasterio.windows import Window
 
 from r2kit.data.preprocess import Preprocess, missing_pixels
 from r2kit.data.reader import describe_raster, keep_raster_open
+from r2kit.data.stacks import parts_of
 from r2kit.errors import DataError, did_you_mean
 
 
@@ -44,7 +45,7 @@ class Scene:
         self._local = threading.local()
         self._open: list[Any] = []
         self._lock = threading.Lock()
-        if not path.is_file():
+        if not path.is_file() and parts_of(path) is None:
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(f"{path}: no such file{did_you_mean(path.name, near)}")
         dataset = self._dataset()

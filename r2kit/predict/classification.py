@@ -42,7 +42,7 @@ def predict(
         ``prob_<class>`` for each class. For several labels ``labels`` in place of ``class``: those of at least
         ``task.threshold``, separated by ``;``.
     """
-    files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
+    files = find_images([paths] if isinstance(paths, str | Path) else list(paths), run.recipe.data.band_files)
     preprocess = run.preprocess
     several = run.recipe.task if isinstance(run.recipe.task, MultilabelSpec) else None
     classify = Classifier(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from r2kit.data.preprocess import Preprocess, missing_pixels
 from r2kit.data.reader import find_images, open_raster
+from r2kit.data.stacks import name_of, parts_of
 from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.errors import DataError
 from r2kit.inference import PixelClassifier, load_images
@@ -51,7 +52,7 @@ def predict(
         One row an image in the order of the paths: ``path``, ``mask`` (the file written, empty without `out`),
         ``height``, ``width``, and ``share_<class>``, the share of the judged pixels of each class.
     """
-    files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
+    files = find_images([paths] if isinstance(paths, str | Path) else list(paths), run.recipe.data.band_files)
     preprocess, spec = run.preprocess, run.recipe.task
     assert isinstance(spec, SegmentationSpec | SaliencySpec)
     grey = isinstance(spec, SaliencySpec)
@@ -126,10 +127,11 @@ def mask_names(files: Sequence[Path]) -> list[str]:
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
-        name, number = file.stem, 1
+        stem = name_of(file).name
+        name, number = stem, 1
         while name in taken:
             number += 1
-            name = f"{file.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name)
         names.append(name)
     return names
@@ -149,7 +151,7 @@ def write_mask(mask: NDArray[np.uint8], image: Path, stem: Path, classes: Sequen
     """
     palette = {i: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(classes))}
     try:
-        if image.suffix.lower() in (".tif", ".tiff"):
+        if image.suffix.lower() in (".tif", ".tiff") or parts_of(image) is not None:
             with open_raster(image) as dataset:
                 place = {"crs": dataset.crs, "transform": dataset.transform} if dataset.crs is not None else None
             if place is not None:

@@ -156,5 +156,7 @@ class Recipe(Spec):
                 f"data.source: {data.resolved_source} has no boxes; leave source and name out, and let data.root name "
                 "a COCO .json file, or a folder as YOLO or VOC has it"
             )
+        if data.band_files is not None:
+            raise ValueError("data.band_files: boxes are of whole images; leave it out")
         if data.sampler != "shuffle":
             raise ValueError(f"data.sampler: {data.sampler} is for images of one class; use data.sampler=shuffle")

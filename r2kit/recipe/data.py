@@ -62,6 +62,12 @@ class DataSpec(Spec):
     bands: Annotated[tuple[str | StrictInt, ...], Field(strict=False, min_length=1)] | None = None
     """Bands that the network sees, in this order, by name or by position in the file from 1, e.g. [red, nir, 8]; null
     for all that the files have."""
+    band_files: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Bands that come as a file each, by the names they have in the files' names, e.g. [B02, B03, B04, B08]: the files
+    of a tile are read as one image, bands in this order, on the pixels of the finest (the others bilinearly). A tile is
+    a folder (TILE/B02.tif) or files with a common beginning (TILE_B02.tif; TILE_B02_10m.tif too); in a table path names
+    the folder or the beginning, or each band has a column of paths. GeoTIFF of one band and one pixel type that show
+    the same ground. null: every image is one file."""
     image_size: PixelSize | Annotated[tuple[PixelSize, PixelSize], Field(strict=False)] = 224
     """Side of the square image that the network sees, or [height, width], in pixels."""
     resize: Literal["squash", "crop", "pad", "tile"] = "squash"
@@ -122,6 +128,12 @@ class DataSpec(Spec):
             raise ValueError("split_file: the file is the split; leave out split and folds")
         if self.bands is not None and self.resolved_source == "bluemarble":
             raise ValueError("bands: source 'bluemarble' has red, green and blue and no others to choose")
+        if self.band_files is not None:
+            if self.resolved_source in ("bluemarble", "torchvision"):
+                raise ValueError(f"band_files: source '{self.resolved_source}' has whole images; leave it out")
+            for band in self.band_files:
+                if not band or set(band) & set("{},=/\\") or self.band_files.count(band) > 1:
+                    raise ValueError(f"band_files: '{band}' is named twice, is empty, or holds one of {{ }} , = / \\")
         if self.bands is not None and len(set(self.bands)) < len(self.bands):
             twice = next(band for band in self.bands if self.bands.count(band) > 1)
             raise ValueError(f"bands: '{twice}' is named twice")
