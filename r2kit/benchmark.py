@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ def measure_throughput(
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     rounds: int = 3,
     warmup: int = 1,
+    budget: float = math.inf,
 ) -> float:
     """Return images per second, the median over a few batches of random images.
 
@@ -43,13 +45,16 @@ def measure_throughput(
         loss: From the network and a batch of images to a loss; None takes one of the outputs (B, K, ...).
         rounds: Batches timed.
         warmup: Batches before, not timed.
+        budget: Seconds after which no further batch is timed but the first.
     """
     device = torch.device(device)
     layout = memory_format(channels_last)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         clone = copy.deepcopy(model).to(device).to(memory_format=layout).train(training)
         image = torch.randn(batch_size, *image_shape, device=device).contiguous(memory_format=layout)
-        seconds = interleaved({"": clone}, image, training=training, rounds=rounds, warmup=warmup, loss=loss)[""]
+        seconds = interleaved(
+            {"": clone}, image, training=training, rounds=rounds, warmup=warmup, loss=loss, budget=budget
+        )[""]
     return batch_size / statistics.median(seconds)
 
 
@@ -61,6 +66,7 @@ def interleaved(
     rounds: int,
     warmup: int,
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    budget: float = math.inf,
 ) -> dict[str, list[float]]:
     """Return the seconds of each network's steps, one step of each in every round, so that drift meets all alike.
 
@@ -71,9 +77,13 @@ def interleaved(
         rounds: Steps timed of each network.
         warmup: Rounds before, not timed.
         loss: See `measure_throughput`.
+        budget: Seconds after which no further round begins, once one was timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in nets}
+    begun = time.perf_counter()
     for index in range(warmup + rounds):
+        if index > warmup and time.perf_counter() - begun > budget:
+            break
         for name, net in nets.items():
             _wait(image.device)
             start = time.perf_counter()

@@ -23,6 +23,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -205,24 +206,27 @@ def mosaic(
     """
     columns = max(1, min(columns, len(tiles)))
     rows = max(1, -(-len(tiles) // columns))
-    figure = _figure(theme, rows * (cell + 0.36) + (0.45 if title else 0.1), width=max(3, columns) * cell)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        axes.set_axis_off()
-        if place >= len(tiles):
-            continue
-        tile = tiles[place]
-        axes.imshow(tile.image, interpolation="nearest" if max(tile.image.shape[:2]) < 100 else "antialiased")
+    above, caption = 0.36 if title else 0.02, 0.36
+    width, height = max(3, columns) * cell, above + rows * (cell + caption) + 0.08
+    figure = Figure(figsize=(width, height), facecolor=theme.surface)
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all, in inches from the upper left: each costs as much as a chart
+    axes.set_axis_off()
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, columns)
+        tall, wide = (side * 0.94 * cell / max(tile.image.shape[:2]) for side in tile.image.shape[:2])
+        left = (column + 0.5) * width / columns - wide / 2
+        top = above + row * (cell + caption) + caption + (cell - tall) / 2
+        smooth = "nearest" if max(tile.image.shape[:2]) < 100 else "antialiased"
+        axes.imshow(tile.image, extent=(left, left + wide, top + tall, top), interpolation=smooth, aspect="auto")
         mark, colour = _mark(tile.right, theme)
         lines = textwrap.wrap(mark + tile.caption, int(16 * cell), max_lines=2, placeholder="…")
-        axes.set_title(_plain("\n".join(lines), keep="\n"), fontsize=7.5, color=colour, pad=3)
+        words = _plain("\n".join(lines), keep="\n")
+        axes.text(left + wide / 2, top - 0.04, words, fontsize=7.5, color=colour, ha="center", va="bottom")
         if tile.right is not None:
-            axes.set_axis_on()
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(color=colour, linewidth=1.6)
+            axes.add_patch(Rectangle((left, top), wide, tall, fill=False, edgecolor=colour, linewidth=1.6))
+    axes.set(xlim=(0, width), ylim=(height, 0))
     if title:
-        figure.suptitle(_plain(title), color=theme.ink, fontsize=11, x=0.01, ha="left")
+        axes.text(0.01 * width, 0.08, _plain(title), color=theme.ink, fontsize=11, va="top")
     return figure
 
 

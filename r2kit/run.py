@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from r2kit.data.datamodule import DataModule
     from r2kit.data.preprocess import Preprocess
+    from r2kit.data.sources import Source
 
 _RECORDED = (
     "r2kit",
@@ -50,6 +51,8 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.opened: Source | None = None
+        """The data, while the training that has them open is about: not listed and checked again."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -303,6 +306,7 @@ class Run:
             preprocess=self.preprocess,
             split_file=self.split_file,
             target=recipe.target,
+            opened=self.opened,
         )
 
 

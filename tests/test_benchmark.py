@@ -25,6 +25,19 @@ def test_a_slower_network_is_slower():
     assert speeds[0] > 2 * speeds[1]
 
 
+@pytest.mark.parametrize(("budget", "steps"), [(0.0, 2), (1e9, 4)])
+def test_a_slow_network_is_timed_once(budget, steps):
+    net, images = nn.Conv2d(3, 2, 1), []
+    net.register_forward_hook(lambda *_: images.append(1))
+
+    def loss(model, image):
+        images.append(1)
+        return model(image).mean()
+
+    assert measure_throughput(net, (3, 8, 8), 2, training=True, loss=loss, budget=budget) > 0
+    assert len(images) == 2 * steps  # one that is not timed, and one or three that are; each counted at both places
+
+
 class Flat(nn.Module):
     """(B, C, H, W) -> (B, C)."""
 

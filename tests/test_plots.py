@@ -68,6 +68,25 @@ def test_every_figure_draws_with_names_from_strangers(theme):
         assert image.std() > 3  # something is drawn
 
 
+def test_a_mosaic_shows_every_picture_in_its_place_and_whole():
+    shapes = [(20, 40), (40, 20), (30, 30), (64, 64), (200, 100)]
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)], dtype=np.uint8)
+    tiles = [
+        plots.Tile(np.broadcast_to(colour, (*shape, 3)), f"tile {i}")
+        for i, (shape, colour) in enumerate(zip(shapes, colours, strict=True))
+    ]
+    figure = plots.mosaic(tiles, columns=3, theme=plots.LIGHT)
+    image = pixels(figure)
+    places = [np.argwhere(abs(image - colour).max(-1) <= 2) for colour in colours.astype(int)]
+    boxes = [(place.min(0), place.max(0)) for place in places]
+    for (low, high), (tall, wide) in zip(boxes, shapes, strict=True):
+        assert (high[0] - low[0]) / (high[1] - low[1]) == pytest.approx(tall / wide, rel=0.1)
+    corners = np.array([low for low, _ in boxes])
+    assert (np.diff(corners[:3, 1]) > 0).all()  # from left to right
+    assert corners[3:, 0].min() > max(high[0] for _, high in boxes[:3])  # the second row below the first
+    assert {"tile 0", "tile 4"} <= set(words(figure))
+
+
 def test_equal_figures_are_equal_bytes():
     first, second = (plots.png(plots.recall_figure(per_class("ab")), dpi=50) for _ in range(2))
     assert first == second

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import r2kit
 from r2kit import train
 from r2kit.callbacks import Recorder
+from r2kit.data import datamodule
 from r2kit.errors import ModelError, RecipeError, RunError
 from r2kit.models import build_model
 from r2kit.recipe_file import load_recipe
@@ -74,6 +75,21 @@ def test_two_runs_of_one_seed_are_identical(finished_run, quick_recipe, tmp_path
     assert again.metrics_csv.read_bytes() == finished_run.metrics_csv.read_bytes()
     first, second = load_file(finished_run.weights_file), load_file(again.weights_file)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_data_are_opened_once(quick_recipe, tmp_path, monkeypatch):
+    opened = []
+    original = datamodule.open_source
+
+    def count(*arguments):
+        opened.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(datamodule, "open_source", count)
+    run = r2kit.finetune(quick_recipe, overrides=["train.epochs=1"], out=tmp_path / "run", quiet=True)
+    assert len(opened) == 1  # a million files are listed once
+    run.datamodule().setup()
+    assert len(opened) == 2  # later they may be others
 
 
 def test_another_seed_is_another_run(finished_run, quick_recipe, tmp_path):

@@ -48,6 +48,7 @@ class DataModule(lightning.LightningDataModule):
         split_file: A split to use instead of making one, as `Split.save` wrote it.
         all_test: Put every image into the test part: for evaluating on other data than the run was trained on.
         target: What every image must carry for the task, see `Recipe.target`.
+        opened: The source of `spec`, where this process has it open; None opens it.
     """
 
     source: Source
@@ -65,6 +66,7 @@ class DataModule(lightning.LightningDataModule):
         split_file: Path | None = None,
         all_test: bool = False,
         target: Target = "class",
+        opened: Source | None = None,
     ) -> None:
         super().__init__()
         if split_file is not None and all_test:
@@ -78,6 +80,7 @@ class DataModule(lightning.LightningDataModule):
         self._given_preprocess = preprocess
         self._split_file = split_file
         self._all_test = all_test
+        self._opened = opened
         self.target = target
         self._ready = False
         self._begun = (0, 0)
@@ -92,7 +95,7 @@ class DataModule(lightning.LightningDataModule):
         """
         if self._ready:
             return
-        self.source = open_source(self.spec, self.target)
+        self.source = open_source(self.spec, self.target) if self._opened is None else self._opened
         if self._given_preprocess is not None:
             self._check_bands(self._given_preprocess)
         self.labels = self._labels()

@@ -25,8 +25,9 @@ class TrainSpec(Spec):
     runs its whole course within it, and `epochs` stays the upper bound."""
     batch_size: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
     """Images of one pass through the network on each device. `auto`: 32 x `accumulate`, halved until a training step
-    fits into memory; as many more passes then make up an optimiser step, whose images stay 32 x `accumulate`. It is
-    decided before training; memory that runs out later ends the run, which can go on."""
+    fits into memory; as many more passes then make up an optimiser step, whose images stay 32 x `accumulate`. Where
+    memory runs out in training all the same, a run on one device goes on from its last checkpoint with half of it; on
+    several devices it ends with a line that says so."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Passes whose gradients one optimiser step averages: it sees `accumulate` x `batch_size` images on each device."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -77,10 +77,13 @@ def compare_runs(first: Run, second: Run) -> list[Finding]:
         f"{n} {versions[0].get(n)} -> {versions[1].get(n)}" for n in names if versions[0].get(n) != versions[1].get(n)
     ]
     one, two = first.metrics_csv.read_bytes(), second.metrics_csv.read_bytes()
+    halved = [f"{entry['at']}: {entry['batch_size']} images a pass" for entry in old.get("backed_off", [])]
+    out_of_memory = [Finding("memory", False, f"ran out at {'; '.join(halved)} since", decides=False)] if halved else []
     return [
         Finding("data", data == again, _both(data[:12], again[:12])),
         Finding("versions", not moved, ", ".join(moved) or f"{len(names)} packages", decides=False),
         Finding("device", old["device"] == new["device"], _both(old["device"], new["device"]), decides=False),
+        *out_of_memory,
         Finding(
             "metrics.csv",
             one == two,

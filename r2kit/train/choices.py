@@ -38,6 +38,10 @@ class Batch:
     size: int
     passes: int
 
+    def halved(self) -> Batch | None:
+        """Return the same images a step in twice as many passes; None for one image a pass, which has no BatchNorm."""
+        return Batch(self.size // 2, self.passes * 2) if self.size % 2 == 0 and self.size > 2 else None
+
 
 def fitting_batch(spec: TrainSpec, attempt: Callable[[int], _T], decided: Batch | None = None) -> tuple[Batch, _T]:
     """Return the batch that fits into memory, and what the attempt with it gave.
@@ -64,12 +68,13 @@ def fitting_batch(spec: TrainSpec, attempt: Callable[[int], _T], decided: Batch 
                     f"train.batch_size: a training step with {size} images is out of memory; give less and as much "
                     "more train.accumulate, or train.batch_size=auto"
                 ) from None
-            if size <= 2 or size % 2:
+            smaller = Batch(size, images // size).halved()
+            if smaller is None:
                 raise ModelError(
                     f"train.batch_size: auto: a training step with {size} images is out of memory; use smaller images "
                     "(data.image_size) or a smaller network (model.name)"
                 ) from None
-            size //= 2
+            size = smaller.size
             continue
         passes = spec.accumulate if spec.batch_size != "auto" else images // size
         return Batch(size, passes), found

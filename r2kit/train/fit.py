@@ -27,6 +27,21 @@ from r2kit.train.signals import StopSignals
 from r2kit.train.watch import Watch
 
 
+class OutOfMemoryError(RunError):
+    """Memory ran out in training.
+
+    Args:
+        message: The line for the user, with the ways on.
+        where: The epoch and the batch, in words.
+        alone: Whether this is the only process of the run.
+    """
+
+    def __init__(self, message: str, where: str, *, alone: bool) -> None:
+        super().__init__(message)
+        self.where = where
+        self.alone = alone
+
+
 def newest_checkpoint(run: Run, console: Console) -> Path | None:
     """Return the newest checkpoint of a run that is whole, None where there is none; name the damaged ones."""
     whole, damaged = first_whole([run.last_checkpoint, run.previous_checkpoint])
@@ -60,6 +75,7 @@ def fit(
 
     Raises:
         Interrupted: If somebody asked the run to stop; it is saved.
+        OutOfMemoryError: If memory ran out; the first process alone may go on with smaller passes.
         RunError: If the loss is no number any more, or a file cannot be written.
     """
     spec = job.recipe.train
@@ -115,7 +131,9 @@ def fit(
         trainer.fit(job.task, datamodule=job.data, ckpt_path=checkpoint, weights_only=True)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
-            raise RunError(_no_memory(trainer, job.batch, run)) from None
+            where = f"epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}"
+            line = _no_memory(where, job.batch, run)
+            raise OutOfMemoryError(line, where, alone=trainer.world_size == 1) from None
         lost = watch.said(error) if trainer.world_size > 1 else None
         if lost is not None:
             raise RunError(f"{lost}; what was saved before stays: go on with r2kit resume {run.path}") from None
@@ -138,12 +156,12 @@ def fit(
     return recorder
 
 
-def _no_memory(trainer: L.Trainer, batch: Batch, run: Run) -> str:
+def _no_memory(where: str, batch: Batch, run: Run) -> str:
     """Say where memory ran out, and the two ways on: the same with more room, or smaller passes from the start."""
-    where = f"epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}"
-    smaller = f"train.batch_size={batch.size // 2} train.accumulate={batch.passes * 2} --overwrite"
-    if batch.size < 4:  # one image has no BatchNorm
-        smaller = "a smaller data.image_size or model.name, and --overwrite"
+    half = batch.halved()
+    smaller = "a smaller data.image_size or model.name, and --overwrite"
+    if half is not None:
+        smaller = f"train.batch_size={half.size} train.accumulate={half.passes} --overwrite"
     kept = "from its last checkpoint " if run.last_checkpoint.is_file() else ""
     return (
         f"{where}: out of memory, though a trial step with {batch.size} images fitted; if something else took the "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from r2kit.backbones.warmstart import finalize, set_beta
@@ -23,8 +26,9 @@ from r2kit.recipe import Recipe
 from r2kit.recipe_file import load_recipe
 from r2kit.report import write_report
 from r2kit.run import Run
+from r2kit.train.choices import record
 from r2kit.train.claim import changed_versions, check_same_data, claim, keep_as_written, write_beginning
-from r2kit.train.fit import fit, newest_checkpoint
+from r2kit.train.fit import OutOfMemoryError, fit, newest_checkpoint
 from r2kit.train.lock import hold
 from r2kit.train.prepare import Job, prepare
 from r2kit.train.ranks import first_process, meet, part, share
@@ -85,7 +89,7 @@ def finetune(
             run = Run(told["folder"])
             checkpoint = Path(told["checkpoint"]) if told["checkpoint"] is not None else None
             job = prepare(run.own_recipe, console, run.info.get("decided"))
-        recorder = fit(job, run, console, signals, checkpoint=checkpoint)
+        job, recorder = _train(job, run, console, signals, checkpoint)
         part()
         if first_process():
             _finish(job, run, console, recorder, started)
@@ -121,6 +125,39 @@ def _begin(
     return run, job, None
 
 
+def _train(job: Job, run: Run, console: Console, signals: StopSignals, checkpoint: Path | None) -> tuple[Job, Recorder]:
+    """Train; where memory runs out and the batch is the machine's choice, go on from what was saved with half of it.
+
+    What follows is what a run that was killed there, and goes on with the smaller batch, computes.
+    """
+    while True:
+        try:
+            return job, fit(job, run, console, signals, checkpoint=checkpoint)
+        except OutOfMemoryError as error:
+            half = job.batch.halved()
+            if half is None or not error.alone or job.recipe.train.batch_size != "auto":
+                raise
+            where = error.where
+        # The caller still has the job; what trained it must go.
+        job.task.trainer = job.data.trainer = None
+        job.task.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        job = prepare(job.recipe, console, record(half, job.task.lr))
+        batch = job.batch  # smaller still, where a trial step does not fit
+        run.write_info(
+            decided=record(batch, job.task.lr),
+            choices=[asdict(choice) for choice in job.choices],
+            backed_off=[*run.info.get("backed_off", []), {"at": where, "batch_size": batch.size}],
+        )
+        checkpoint = newest_checkpoint(run, console)
+        console.print(
+            f"{where}: out of memory; going on from {'the last checkpoint' if checkpoint else 'the start'} with "
+            f"{batch.passes} x {batch.size} images a step: a step still sees {batch.passes * batch.size} images, "
+            f"BatchNorm sees {batch.size}"
+        )
+
+
 def resume(run: str | Path, *, quiet: bool = False) -> Run:
     """Go on with an interrupted run, from the newest checkpoint that is whole, to the result it would have had.
 
@@ -149,10 +186,12 @@ def _finish(job: Job, run: Run, console: Console, recorder: Recorder, started: f
         finalize(job.model)
     save_weights(job.model, run.weights_file, {"name": recipe.model.name, "preprocess": run.preprocess.to_dict()})
     run.write_info(best_epoch=recorder.best_epoch, train_seconds=round(train_seconds, 1))
+    run.opened = job.data.source
     metrics = evaluate(run)
     seconds = round(recorder.earlier_seconds + time.perf_counter() - started, 1)
     run.write_info(finished=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds)
     write_report(run)
+    run.opened = None
     run.write_info(state="finished")
     now = time.perf_counter()
     print_result(console, run, metrics, recorder.best_epoch, (train_seconds, now - trained, now - started))

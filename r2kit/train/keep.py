@@ -70,7 +70,12 @@ class Keeper(Checkpoint):
             )
         data = trainer.datamodule
         assert isinstance(data, DataModule)
-        data.start_at(position["epoch"], position["batch"])
+        batch, images = position["batch"], position.get("images", data.batch_size)  # the first versions did not say
+        if images != data.batch_size:  # memory ran out, and a pass has fewer images since
+            batches = len(data.train_dataloader())
+            batch = batches if batch == position["batches"] else batch * images // data.batch_size
+            set_counters(checkpoint["loops"]["fit_loop"], position["epoch"], batch, batches, position["step"])
+        data.start_at(position["epoch"], batch)
         self._stopped = position["stopped"]
         self._saved_step = position["step"]
 
@@ -168,6 +173,7 @@ class Keeper(Checkpoint):
             "epoch": epoch,
             "batch": batch,
             "batches": batches,
+            "images": trainer.datamodule.batch_size,  # of a batch
             "step": trainer.global_step,
             "devices": trainer.world_size,
             "stopped": bool(trainer.should_stop) and batch == 0,

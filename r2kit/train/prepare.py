@@ -34,6 +34,9 @@ from r2kit.train.choices import (
 )
 from r2kit.train.ranks import layout
 
+_MEASURED = 1.0
+"""Seconds after which one timed step says enough about the speed of a training."""
+
 
 @dataclass
 class Job:
@@ -90,6 +93,7 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
                 device=device,
                 channels_last=recipe.train.channels_last,
                 loss=task.example_loss(),
+                budget=_MEASURED,
             )
 
         kept = None if decided is None else Batch(decided["batch_size"], decided["accumulate"])

@@ -46,6 +46,8 @@ def test_what_differs_is_named(finished_run, copy):
     save_file(weights, copy.weights_file)
     copy.metrics_csv.write_text(copy.metrics_csv.read_text().replace("1,", "7,", 1))
     copy.write_info(versions={**copy.info["versions"], "timm": "9.9"}, device="another", data={"fingerprint": "f" * 64})
+    copy.write_info(backed_off=[{"at": "epoch 2, batch 1", "batch_size": 4}])
+    assert found(copy, copy)["memory"].said == "ran out at epoch 2, batch 1: 4 images a pass since"
     findings = found(finished_run, copy)
     assert not any(finding.agrees for finding in findings.values())
     assert "-> ffffffffffff" in findings["data"].said
