@@ -130,7 +130,9 @@ class Conv:
         norm_act.forward(rows(sums), norm, None, y, res=res, add=add, y2=y2)
         return made
 
-    def input_grad(self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    def input_grad(
+        self, dy: Tensor, x: Tensor, weight: Tensor, into: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """Return the gradient of `x`, channels-last.
 
         Args:
@@ -138,28 +140,34 @@ class Conv:
             x: As given to `forward`; only its shape matters.
             weight: As given to `forward`.
             into: Like `x`; the gradient is added to it, in place where that is less work.
+            out: Like `x`, may be some channels of a wider tensor; the gradient is written here. Not with `into`.
         """
+        size = (x.shape[2], x.shape[3])
         if self.is_product and not x.is_cuda:
             matrix = weight.flatten(1)
-            if self.stride == (1, 1):
-                if into is not None:
-                    rows(into).addmm_(rows(dy), matrix)
-                    return into
-                if dy.shape[1] <= product.WIDEST:
-                    size = (x.shape[2], x.shape[3])
-                    grad = room(x, x.shape[1], size)
-                    product.convolve(dy, weight, size, (1, 1), finish(rows(grad)), turned=True)
-                    return grad
-                return images(rows(dy) @ matrix, x.shape[0], x.shape[2], x.shape[3])
-            grad = torch.zeros_like(x, memory_format=torch.channels_last) if into is None else into
-            self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
+            if self.stride != (1, 1):
+                grad = into
+                if grad is None:
+                    grad = torch.zeros_like(x, memory_format=torch.channels_last) if out is None else out.zero_()
+                self._met(grad, copy=False).add_(images(rows(dy) @ matrix, dy.shape[0], dy.shape[2], dy.shape[3]))
+                return grad
+            if into is not None:
+                rows(into).addmm_(rows(dy), matrix)
+                return into
+            grad = room(x, x.shape[1], size) if out is None else out
+            if dy.shape[1] <= product.WIDEST:
+                product.convolve(dy, weight, size, (1, 1), finish(rows(grad)), turned=True)
+            else:
+                torch.mm(rows(dy), matrix, out=rows(grad))
             return grad
-        if self.is_filter(dy.shape[1], (x.shape[2], x.shape[3])) and not x.is_cuda:
-            grad = room(x, x.shape[1], (x.shape[2], x.shape[3]))
+        if self.is_filter(dy.shape[1], size) and not x.is_cuda:
+            grad = room(x, x.shape[1], size) if out is None else out
             pad = (2 - self.pad[0], 2 - self.pad[1])
-            winograd.convolve(dy, weight, (x.shape[2], x.shape[3]), pad, finish(rows(grad)), turned=True)
+            winograd.convolve(dy, weight, size, pad, finish(rows(grad)), turned=True)
         else:
             grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
+            if out is not None:
+                grad = out.copy_(grad)
         return grad if into is None else into.add_(grad)
 
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

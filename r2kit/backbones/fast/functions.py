@@ -39,6 +39,7 @@ class UnitSpec:
         passes_last: Whether one more split goes on without a convolution.
         pool: Stride of the 3x3 average pool of that split, or None.
         published_sum: Concatenate ``z0 + x1`` in place of ``z0``.
+        side: The convolution and norm of the shortcut, or None where it is x itself or made elsewhere.
     """
 
     first: ConvNorm
@@ -48,11 +49,12 @@ class UnitSpec:
     passes_last: bool
     pool: tuple[int, int] | None
     published_sum: bool
+    side: ConvNorm | None
 
     @property
     def parts(self) -> tuple[ConvNorm, ...]:
         """Every convolution in its order."""
-        return (self.first, *self.inner, self.last)
+        return (self.first, *self.inner, self.last, *(() if self.side is None else (self.side,)))
 
 
 def tensors_of(parts: tuple[ConvNorm, ...]) -> list[Tensor | None]:
@@ -116,22 +118,33 @@ def conv_norm(part: ConvNorm, x: Tensor) -> Tensor:
     return result
 
 
-class _ActFunction(Function):
+class _NormActFunction(Function):
     @staticmethod
-    def forward(ctx: Any, act: str, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        norm_act.forward(rows(x), norm_act.activation(act, rows(x)), None, rows(out))
-        ctx.act = act
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, norm: Norm, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        out, stats = torch.empty_like(x), _stats(norm, x)
+        norm_act.forward(rows(x), norm, stats, rows(out))
+        ctx.norm = norm
+        ctx.save_for_backward(x, stats, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, stats, *_ = ctx.saved_tensors
         dx = torch.empty_like(x)
-        norm_act.backward(rows(x), norm_act.activation(ctx.act, rows(x)), None, rows(_channels_last(dy)), rows(dx))
-        return None, dx
+        found = norm_act.backward(rows(x), ctx.norm, stats, rows(_channels_last(dy)), rows(dx))
+        return None, dx, *_needed(found, ctx.needs_input_grad[2:])
+
+
+def norm_alone(norm: Norm, x: Tensor) -> Tensor:
+    """Return a norm and its activation of x, channels-last.
+
+    Args:
+        norm: What to compute.
+        x: (B, C, H, W).
+    """
+    result: Tensor = _NormActFunction.apply(norm, _channels_last(x), norm.weight, norm.bias)
+    return result
 
 
 def activation(act: str, x: Tensor) -> Tensor:
@@ -141,8 +154,8 @@ def activation(act: str, x: Tensor) -> Tensor:
         act: A key of `norm_act.ACTS`.
         x: (B, C, H, W).
     """
-    result: Tensor = _ActFunction.apply(act, _channels_last(x))
-    return result
+    x = _channels_last(x)
+    return norm_alone(norm_act.activation(act, rows(x.detach())), x)
 
 
 class _UnitFunction(Function):
@@ -196,11 +209,18 @@ class _UnitFunction(Function):
 
         o = last.conv.forward(cat, last.weight, last.bias)
         stats.append(_stats(last.norm, o))
+        side_out = side_stats = None
+        if spec.side is not None:
+            assert spec.side.norm is not None
+            side_out = spec.side.conv.forward(x, spec.side.weight, spec.side.bias)
+            side_stats = _stats(spec.side.norm, side_out)
+            shortcut = torch.empty_like(side_out) if keep else side_out
+            norm_act.forward(rows(side_out), spec.side.norm, side_stats, rows(shortcut))
         out4 = torch.empty_like(o) if keep else o
         norm_act.forward(rows(o), last.norm, stats[-1], rows(out4), res=rows(x if shortcut is None else shortcut))
         if keep:
             ctx.spec, ctx.width = spec, width
-            ctx.save_for_backward(x, shortcut, h, cat, o, *conv_outs, *stats, *tensors)
+            ctx.save_for_backward(x, shortcut, side_out, side_stats, h, cat, o, *conv_outs, *stats, *tensors)
         return out4
 
     @staticmethod
@@ -210,7 +230,7 @@ class _UnitFunction(Function):
         width: int = ctx.width
         count = len(spec.inner)
         used = width * count
-        x, shortcut, h, cat, o, *rest = ctx.saved_tensors
+        x, shortcut, side_out, side_stats, h, cat, o, *rest = ctx.saved_tensors
         conv_outs, (stats1, *inner_stats, stats3) = rest[:count], rest[count : 2 * count + 2]
         need_x, need_shortcut, *needs = ctx.needs_input_grad[2:]
         need = [needs[i : i + 4] for i in range(0, len(needs), 4)]
@@ -226,19 +246,24 @@ class _UnitFunction(Function):
             dres=rows(dres),
         )
         dcat = last.conv.input_grad(do, cat, last.weight)
-        grads_last = [*_conv_grads(last, need[-1], do, cat), *_needed(dnorm, need[-1][2:])]
+        wanted = need[count + 1]
+        grads_last = [*_conv_grads(last, wanted, do, cat), *_needed(dnorm, wanted[2:])]
         del do
+        if spec.side is not None:
+            assert spec.side.norm is not None
+            # dres becomes the gradient of what the side's convolution wrote
+            dnorm = norm_act.backward(rows(side_out), spec.side.norm, side_stats, rows(dres), rows(dres))
+            grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
 
         dh = torch.empty_like(h)
         dnorm1 = torch.empty(2, h.shape[1], dtype=norm_act.sums_dtype(h), device=h.device)
 
-        def close(start: int, dy: Tensor) -> None:
-            """Take the gradient of a split back through the first norm."""
-            cut = (first.norm.narrow(start, width), _cut(stats1, start, width))  # type: ignore[union-attr]
-            found = norm_act.backward(
-                rows(h[:, start : start + width]), *cut, rows(dy), rows(dh[:, start : start + width])
-            )
-            dnorm1[0, start : start + width], dnorm1[1, start : start + width] = found
+        def close(start: int, length: int, dy: Tensor) -> None:
+            """Take the gradient of some splits back through the first norm."""
+            cut = (first.norm.narrow(start, length), _cut(stats1, start, length))  # type: ignore[union-attr]
+            at = slice(start, start + length)
+            found = norm_act.backward(rows(h[:, at]), *cut, rows(dy), rows(dh[:, at]))
+            dnorm1[0, at], dnorm1[1, at] = found
 
         if spec.passes_last:
             dlast = dcat[:, used:]
@@ -247,8 +272,10 @@ class _UnitFunction(Function):
                 dlast = torch.ops.aten.avg_pool2d_backward(
                     dlast.contiguous(memory_format=torch.channels_last), like, [3], spec.pool, [1], False, True, None
                 )
-            close(used, _channels_last(dlast))
+            close(used, width, _channels_last(dlast))
 
+        zs = _read_again(spec, h, cat, stats1, width)
+        db = room(h, used, (h.shape[2], h.shape[3]))  # gradients of what the inner convolutions read
         grads_inner: list[Any] = []
         following: Tensor | None = None  # gradient of the next convolution's input, where this split is added to it
         for i in reversed(range(count)):
@@ -262,27 +289,44 @@ class _UnitFunction(Function):
             dnorm = norm_act.backward(
                 *(rows(c), part.norm, inner_stats[i], rows(dz), rows(dc)), add=None if add is None else rows(add)
             )
+            grads_inner = [*_conv_grads(part, need[i + 1], dc, zs[i]), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
+            dz = part.conv.input_grad(dc, zs[i], part.weight, out=db[:, at])
             chained = spec.chained and i > 0
             if chained and spec.published_sum and i == 1:
-                z = cat[:, :width]
-            else:
-                z = torch.empty_like(h[:, at], memory_format=torch.channels_last)
-                again = first.norm.narrow(i * width, width).fixed(_cut(stats1, i * width, width))
-                if chained:
-                    before = rows(cat[:, (i - 1) * width : i * width])
-                    norm_act.forward(rows(h[:, at]), again, None, None, add=before, y2=rows(z))
-                else:
-                    norm_act.forward(rows(h[:, at]), again, None, rows(z))
-            grads_inner = [*_conv_grads(part, need[i + 1], dc, z), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
-            dz = part.conv.input_grad(dc, z, part.weight)
-            if chained and spec.published_sum and i == 1:
                 dz.add_(dcat[:, :width])
-            close(i * width, dz)
             following = dz if chained else None
+        close(0, used, db)
 
         grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
         dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
+        if need_x and spec.side is not None:
+            dx = spec.side.conv.input_grad(dres, x, spec.side.weight, into=dx)
         return (None, None, dx, dres if need_shortcut and not own else None, *grads_first, *grads_inner, *grads_last)
+
+
+def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, width: int) -> list[Tensor]:
+    """Return what each inner convolution read: the splits behind the first norm, with what was added to them."""
+    assert spec.first.norm is not None
+    used = width * len(spec.inner)
+    z = room(h, used, (h.shape[2], h.shape[3]))
+    known = int(spec.published_sum) if spec.chained else 0  # the first sum of all stands in the concatenation
+    added = (1 + known) * width if spec.chained else used  # from here on a split has the one before it added
+
+    def again(start: int, end: int, add: Tensor | None) -> None:
+        if start < end:
+            norm = spec.first.norm.narrow(start, end - start).fixed(_cut(stats, start, end - start))  # type: ignore[union-attr]
+            out = rows(z[:, start:end])
+            if add is None:
+                norm_act.forward(rows(h[:, start:end]), norm, None, out)
+            else:
+                norm_act.forward(rows(h[:, start:end]), norm, None, None, add=rows(add), y2=out)
+
+    again(0, width if spec.chained else used, None)
+    again(added, used, cat[:, added - width : used - width])
+    zs = [z[:, i * width : (i + 1) * width] for i in range(len(spec.inner))]
+    if known and len(zs) > 1:
+        zs[1] = cat[:, :width]
+    return zs
 
 
 def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -313,6 +357,8 @@ def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor
     if spec.passes_last:
         tail = h[:, used:]
         cat[:, used:].copy_(tail if spec.pool is None else torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
+    if spec.side is not None:
+        shortcut = finished(spec.side, x)
     found = finished(spec.last, cat, res=rows(x if shortcut is None else shortcut))
     assert found is not None
     return found
@@ -324,7 +370,7 @@ def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
     Args:
         spec: The unit.
         x: (B, C, H, W).
-        shortcut: (B, K, OH, OW), or None for x itself.
+        shortcut: (B, K, OH, OW), or None for x itself and where the unit makes it.
     """
     tensors = tensors_of(spec.parts)
     shortcut = None if shortcut is None else _channels_last(shortcut)

@@ -125,30 +125,17 @@ template <class T> struct Coefficients {
   }
 };
 
-// Add rows from .. to of one slot after the other to its two sums; `terms(r, c, one, two)` gives what a vector adds.
+// Add rows from .. to, one whole row after the other, to two sums; `terms(r, c, s, one, two)` gives what a vector adds.
 template <class T, class F> static inline void add_up(int64_t from, int64_t to, int64_t chans, T* sum, T* other,
                                                       F terms) {
   const int64_t S = slots<T>(chans), L = width<T>;
-  int64_t r = from;
-  auto some = [&](auto count) {
-    constexpr int K = decltype(count)::value;
-    for (; r + K <= to; r += K)
-      for (int64_t s = 0; s < S; s++) {
-        const int64_t c = first<T>(s, chans);
-        Vec<T> u = load(sum + s * L, L), q = load(other + s * L, L);
-#pragma GCC unroll 4
-        for (int k = 0; k < K; k++) {
-          Vec<T> one, two;
-          terms(r + k, c, s, one, two);
-          u += one;
-          q += two;
-        }
-        store(sum + s * L, u, L);
-        store(other + s * L, q, L);
-      }
-  };
-  some(std::integral_constant<int, 4>{});
-  some(std::integral_constant<int, 1>{});
+  for (int64_t r = from; r < to; r++)
+    for (int64_t s = 0; s < S; s++) {
+      Vec<T> one, two;
+      terms(r, first<T>(s, chans), s, one, two);
+      store(sum + s * L, load(sum + s * L, L) + one, L);
+      store(other + s * L, load(other + s * L, L) + two, L);
+    }
 }
 
 template <class T, int A, bool WIDE>

@@ -141,17 +141,26 @@ def _act(module: nn.Module) -> tuple[str, float] | None:
 
 def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act_first: bool) -> ConvNorm | None:
     """Return a convolution with its norm and activation, or None where one of them is of another kind."""
-    if type(conv) not in (nn.Conv2d, FastConv2d) or type(bn) is not nn.BatchNorm2d:
+    if type(conv) not in (nn.Conv2d, FastConv2d):
         return None
     assert isinstance(conv, nn.Conv2d)
-    assert isinstance(bn, nn.BatchNorm2d)
-    geometry, found = Conv.of(conv), _act(act)
+    geometry = Conv.of(conv)
     weight, bias = conv.weight, conv.bias
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    sums = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    if geometry is None or found is None or any(t is not None and not _fits(t, x) for t in (weight, bias)):
+    if geometry is None or any(t is not None and not _fits(t, x) for t in (weight, bias)):
         return None
+    norm = _norm(bn, act, x, act_first=act_first)
+    return None if norm is None else ConvNorm(geometry, weight, bias, norm)
+
+
+def _norm(bn: nn.Module, act: nn.Module, x: Tensor, *, act_first: bool) -> Norm | None:
+    """Return a norm with its activation, or None where one of them is of another kind."""
+    found = _act(act)
+    if type(bn) not in (nn.BatchNorm2d, FastBatchNorm2d) or found is None:
+        return None
+    assert isinstance(bn, nn.BatchNorm2d)
+    sums = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     if any(t is not None and not _fits(t, x) and t.dtype != norm_act.sums_dtype(x) for t in sums):
         return None
     batch = bn.training or bn.running_mean is None
@@ -160,8 +169,7 @@ def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act
         return None
     running = (bn.running_mean, bn.running_var) if moved or not batch else (None, None)
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    norm = Norm(*found, act_first, batch, bn.eps, momentum, bn.weight, bn.bias, *running)
-    return ConvNorm(geometry, weight, bias, norm)
+    return Norm(*found, act_first, batch, bn.eps, momentum, bn.weight, bn.bias, *running)
 
 
 def _cast(x: Tensor) -> Tensor:
@@ -214,6 +222,24 @@ class FastMish(nn.Mish):
         return functions.activation("mish", x)
 
 
+class FastBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` where it stands alone between channels-last maps, as behind a stem."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W)."""
+        if (
+            not _usable(x, (), gpu=False)
+            or x.dim() != 4
+            or x.shape[1] != self.num_features
+            or not x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return super().forward(x)
+        norm = _norm(self, nn.Identity(), x, act_first=False)
+        if norm is None or (norm.batch and x.numel() == x.shape[1]) or not _step([self]):
+            return super().forward(x)
+        return functions.norm_alone(norm, x)
+
+
 class FastSequential(nn.Sequential):
     """`nn.Sequential` that runs a convolution together with the norm and activation behind it."""
 
@@ -262,6 +288,7 @@ class FastBottleneck(Bottleneck):
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FastConv2d,
     nn.Mish: FastMish,
+    nn.BatchNorm2d: FastBatchNorm2d,
     nn.Sequential: FastSequential,
     Res2Block: FastRes2Block,
     Bottle2neck: FastBottle2neck,
@@ -282,7 +309,8 @@ def _has_pair(module: nn.Module) -> bool:
     """Whether some convolution of a sequence is followed by a norm."""
     kinds = [type(child) for child in module.children()]
     return any(
-        kind in (nn.Conv2d, FastConv2d) and nn.BatchNorm2d in kinds[i + 1 : i + 3] for i, kind in enumerate(kinds)
+        kind in (nn.Conv2d, FastConv2d) and {nn.BatchNorm2d, FastBatchNorm2d} & {*kinds[i + 1 : i + 3]}
+        for i, kind in enumerate(kinds)
     )
 
 
@@ -351,7 +379,8 @@ def _run(
     last = _conv_norm(block.conv3, bns[-1], acts[-1], x, act_first=False)
     if first is None or last is None or len(inner) < len(found):
         return plain_forward(given)
-    if any(_single_value(part, x) for part in (first, inner[0])) or not _step(bns):
+    side, side_bns = _side(block.downsample, x)
+    if any(_single_value(part, x) for part in (first, inner[0])) or not _step([*bns, *side_bns]):
         return plain_forward(given)
     pool = getattr(block, "pool", None)
     spec = UnitSpec(
@@ -362,10 +391,19 @@ def _run(
         passes_last=len(first.weight) > sum(len(part.weight) for part in inner),
         pool=convs[0].stride if isinstance(pool, nn.AvgPool2d) else None,
         published_sum=getattr(block, "published_sum", False),
+        side=side,
     )
     x = x.contiguous(memory_format=torch.channels_last)
-    shortcut = None if _does_nothing(block.downsample) else block.downsample(x).to(x.dtype)
-    return functions.unit(spec, x, shortcut)
+    elsewhere = side is None and not _does_nothing(block.downsample)
+    return functions.unit(spec, x, block.downsample(x).to(x.dtype) if elsewhere else None)
+
+
+def _side(downsample: nn.Module | None, x: Tensor) -> tuple[ConvNorm | None, list[nn.Module]]:
+    """Return what makes a unit's shortcut, a convolution and its norm, and that norm; (None, []) for other kinds."""
+    if type(downsample) is not FastSequential or len(downsample) != 2 or not _usable(x, [downsample], gpu=False):
+        return None, []
+    found = _pair(list(downsample), x)
+    return (None, []) if found is None else (found[0], [found[1]])
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
