@@ -101,12 +101,13 @@ def export(
     module = run.datamodule()
     module.setup()
     pixels = _raw_pixels(module, np.concatenate([module.split.test, module.split.val, module.split.train])[:_GOLDEN])
-    if any(side % UNIT for side in pixels.shape[2:]):
+    detector = run.recipe.task.kind in ("detection", "instance")  # which fills images up to whole cells by itself
+    if any(side % UNIT for side in pixels.shape[2:]) and not detector:
         raise DataError(
             f"{run.path}: the network sees {pixels.shape[2]}x{pixels.shape[3]} pixels; an export is made for "
             f"multiples of {UNIT}"
         )
-    write = _write_detector if run.recipe.task.kind == "detection" else _write_all
+    write = _write_detector if detector else _write_all
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as draft, warnings.catch_warnings():
@@ -133,12 +134,10 @@ def _check(run: Run, to: Sequence[str], precisions: Sequence[str]) -> None:
     for precision in precisions:
         if precision not in known:
             raise RunError(f"--precision: '{precision}' is none of {', '.join(known)}{did_you_mean(precision, known)}")
-    if kind == "instance":
-        raise RunError(f"{run.path}: masks of instances cannot be exported; a detection (boxes) can")
-    if kind == "detection" and (set(to) != {"onnx"} or set(precisions) != {"fp32"}):
+    if kind in ("detection", "instance") and (set(to) != {"onnx"} or set(precisions) != {"fp32"}):
         raise RunError(
             f"{run.path}: a detector is exported to onnx in fp32 alone; how many boxes it finds is known only when it "
-            "runs, which torch.export cannot trace"
+            "runs, which torch.export cannot trace; take --to onnx"
         )
     for name in to:
         for precision in precisions:
@@ -290,19 +289,27 @@ def _write_detector(
 ) -> tuple[list[Exported], dict[str, Any]]:
     """Write a detector to ONNX, compare, and describe its outputs."""
     network = DeployedDetector(run.model(), run.preprocess).eval()
+    masks = run.recipe.task.kind == "instance"
     plain, file = plain_detector(network), draft / file_name("onnx", "fp32")
-    find = detector_to_onnx(network, pixels, file, _facts(run))
+    find = detector_to_onnx(network, pixels, file, _facts(run), masks=masks)
     images = [pixels[i : i + 1] for i in range(len(pixels))]
     images.append(np.concatenate([pixels[:1], pixels[:1, :, ::-1][:, :, :UNIT]], axis=2))  # another size
+    images.append(np.full_like(pixels[:1], pixels.mean()))  # most likely without an object
     difference = max(largest_difference(find(image), plain(image)) for image in images)
     _refuse_difference(run, "onnx in fp32", difference, TOLERANCE["fp32"])
-    boxes, labels, scores = plain(pixels[:1])
+    boxes, labels, scores, *outlines = plain(pixels[:1])
     np.save(draft / "golden_input.npy", pixels[:1])
     np.save(draft / "golden_output.npy", np.concatenate([boxes, labels[:, None], scores[:, None]], axis=1))
-    times = _latency(lambda image: find(image), pixels, batches=(1,))
     output = "boxes: float32 (objects, 4) x0, y0, x1, y1 in pixels; labels: int64, position in classes; scores"
+    golden = "golden_output.npy holds x0, y0, x1, y1, label, score"
+    if masks:
+        np.save(draft / "golden_masks.npy", outlines[0])
+        output += "; masks: float32 (objects, height, width), probabilities"
+        golden += ", and golden_masks.npy the masks"
+    times = _latency(lambda image: find(image), pixels, batches=(1,))
     facts = {
-        "output": f"{output}; golden_output.npy holds x0, y0, x1, y1, label, score",
+        "input": "pixels: float32 (1, bands, height, width), raw values, resized; normalisation is in the graph",
+        "output": f"{output}; {golden}",
         "any_batch": False,
         "any_size": True,
         "batch_norm": {"folded": 0, "left": "all; ONNX Runtime folds them when it loads the file"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -153,7 +155,8 @@ def to_openvino(
         import nncf
 
         nncf.set_log_level(40)
-        model = nncf.quantize(model, nncf.Dataset([image[None] for image in images]), subset_size=len(images))
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress bars have no other switch
+            model = nncf.quantize(model, nncf.Dataset([image[None] for image in images]), subset_size=len(images))
     for key, value in facts.items():
         model.set_rt_info(json.dumps(value), ["r2kit", key])
     openvino.save_model(model, file, compress_to_fp16=precision == "fp16")

@@ -22,6 +22,7 @@ from r2kit.cli import main
 from r2kit.data.datamodule import DataModule
 from r2kit.errors import DataError, RecipeError, RunError
 from r2kit.evaluate import evaluate, summary_lines
+from r2kit.export import export
 from r2kit.models import build_network
 from r2kit.predict import predict
 from r2kit.recipe_file import load_recipe
@@ -178,6 +179,11 @@ def test_instances_with_outlines(detection_recipe, objects_folder, tmp_path):
     written = json.loads((tmp_path / "out.json").read_text())
     assert len(written["annotations"]) == len(found)
     assert all("segmentation" in entry for entry in written["annotations"])
+    pytest.importorskip("onnxruntime")
+    (made,) = export(run, ["onnx"], out=tmp_path / "exported")
+    assert made.difference <= 1e-4
+    boxes, masks = (np.load(tmp_path / "exported" / f"golden_{name}.npy") for name in ("output", "masks"))
+    assert len(boxes) == len(masks)
 
 
 @pytest.mark.parametrize(
