@@ -1,5 +1,6 @@
 """Every block of README and docs/ runs here, in a small project; what cannot run says why, and is checked instead."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_every_block_runs_or_says_why_not(page, project, tmp_path, monkeypatch):
             blocks.check(block)
         else:
             blocks.run(block, names)
+
+
+def test_tests_and_files_that_documents_name_are_there():
+    """A promise whose test was renamed has none."""
+    named = 0
+    for page in [*blocks.DOCUMENTS, *(blocks.ROOT / "benchmarks").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for file, test in re.findall(r"`((?:tests|benchmarks|recipes|notebooks)/[\w/]+\.\w+)(?:::(\w+))?", text):
+            path = blocks.ROOT / file
+            assert path.is_file(), f"{page.name}: {file} is not there"
+            assert f"def {test}(" in path.read_text(encoding="utf-8") or not test, f"{page.name}: {file} has no {test}"
+            named += bool(test)
+    assert named >= 10
 
 
 def test_a_block_that_is_wrong_fails(tmp_path, monkeypatch):

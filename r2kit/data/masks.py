@@ -207,7 +207,8 @@ class MaskedImages(ImageFiles):
                     continue
                 unknown = self.meaning.unknown(np.asarray(values))
                 if len(unknown):
-                    reasons[i] = f"holds {self.meaning.say(unknown)}, which no class has; see data.masks.classes"
+                    said = self.meaning.say(unknown)
+                    reasons[i] = f"holds {said}, which no class has; see data.masks.classes and data.masks.ignore"
         bad = [(str(paths[i]), reason) for i, reason in sorted(reasons.items())]
         if bad and (on_bad_file == "error" or len(bad) == len(paths)):
             raise DataError(bad_files_message(bad, len(paths)))

@@ -160,3 +160,8 @@ class Recipe(Spec):
             raise ValueError("data.band_files: boxes are of whole images; leave it out")
         if data.sampler != "shuffle":
             raise ValueError(f"data.sampler: {data.sampler} is for images of one class; use data.sampler=shuffle")
+        if self.objects.model == "fcos" and self.objects.width == 32 and max(data.size) <= 128:
+            raise ValueError(  # one channel a group, on a coarsest map of one pixel: nothing to normalise
+                "task.width: fcos normalises each of 32 channels on its own, and the coarsest map of an image of up to "
+                "128 pixels has one pixel; use task.width=64, or data.image_size above 128"
+            )

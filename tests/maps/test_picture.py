@@ -22,5 +22,9 @@ def test_a_map_is_drawn_beside_its_scene_with_its_classes(finished_run, make_sce
         to_rgb(p.get_facecolor()) for p in legend.get_patches()
     ]
     assert len(map_figure(path).axes) == 1
+    painted = map_figure(path, colours={"water": "tab:blue", "field": "green", "sand": "khaki"}).axes[0].images[0]
+    assert painted.cmap(painted.norm(2))[:3] == to_rgb("tab:blue")
+    with pytest.raises(DataError, match=r"colours: class 'sand' of .* has none; its classes are field, sand, water"):
+        map_figure(path, colours={"water": "blue", "field": "green"})
     with pytest.raises(DataError, match="names no classes"):
         map_figure(scene)

@@ -144,7 +144,7 @@ def test_the_report_can_do_without_its_images(detection_run, objects_folder, tmp
 @pytest.mark.parametrize("kind", ["retinanet", pytest.param("fcos", marks=pytest.mark.slow)])
 def test_other_detectors_whole_images_and_measured_anchors(detection_recipe, objects_folder, tmp_path, kind):
     overrides = [f"task.model={kind}", "data.resize=pad", "augment.preset=natural"]
-    overrides += ["data.val_fraction=0.2"]
+    overrides += ["data.val_fraction=0.2", "task.width=64"]
     run = r2kit.finetune(detection_recipe, overrides=overrides, out=tmp_path / "run", quiet=True)
     assert json.loads(run.metrics_json.read_text())["task"] == "detection"
 
@@ -193,6 +193,7 @@ def test_instances_with_outlines(detection_recipe, objects_folder, tmp_path):
         (["data.sampler=balanced"], "data.sampler: balanced is for images of one class"),
         (["data.source=table"], "data.source: table has no boxes"),
         (["task.model=fcos", "task.anchors=auto"], "task.anchors: fcos has none"),
+        (["task.model=fcos"], "task.width: fcos normalises each of 32 channels on its own"),
         (["task.model=mask_rcnn"], "task.model: got mask_rcnn"),
         (["data.resize=pad", "data.boxes.overlap=0.5"], "data.boxes.overlap: has no effect with data.resize=pad"),
         (["task.kind=classification"], "unknown key|augment.mosaic: is for boxes"),
