@@ -290,8 +290,11 @@ def _balance(manifest: pd.DataFrame, *, several: bool) -> list[Finding]:
     held = each[each["part"] == part].groupby("class").size()
     few = held[held < FEW].sort_values()
     if len(few):
-        text = f"{len(few)} class(es) have fewer than {FEW} images in {part}, e.g. '{few.index[0]}' {few.iloc[0]}: the "
-        text += "figures of such a class are all but chance"
+        if len(counts) > 1:
+            text = f"{len(few)} class(es) have fewer than {FEW} images in {part}, e.g. '{few.index[0]}' {few.iloc[0]}: "
+            text += "the figures of such a class are all but chance"
+        else:  # images with masks or objects have no class of their own
+            text = f"{part} has {few.iloc[0]} image(s), fewer than {FEW}: figures on so few are all but chance"
         rows = each["row"][each["class"].isin(few.index) & (each["part"] == part)].unique()
         mend = "add images, or let every image be tested once, in folds"
         findings.append(Finding("small classes", False, text, mend, rows[:, None], change="data.folds=5"))

@@ -174,6 +174,7 @@ def test_data_check_names_bad_boxes(tmp_path):
     assert "03.txt:4" in found["boxes"].text
     assert "listed twice" in found["boxes twice"].text
     assert "ship" in found["classes"].text
+    assert found["small classes"].text == "test has 4 image(s), fewer than 5: figures on so few are all but chance"
     assert "03.png" in (tmp_path / "out" / "check.html").read_text()
     lenient = load_recipe(recipe, ["data.boxes.on_bad_box=mend"])
     assert not check_data(lenient, tmp_path / "out").untrue
