@@ -76,7 +76,8 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
         split = make_split(source.manifest, source.strata, recipe.data, recipe.seed, source.contents)
     except DataError as error:
         mend = "change what the message names, add images, or divide the data in another way"
-        findings.append(Finding("split", True, str(error), mend, change=_other_split(source, recipe, True)))
+        change = _other_split(source, recipe, True) or _without_single(source, recipe)
+        findings.append(Finding("split", True, str(error), mend, change=change))
     measured, lows = _measure(source)
     if split is not None:
         for name in PARTS:
@@ -98,7 +99,7 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     if recipe.task.kind == "saliency":  # its loss is another, and made for objects of any size
         findings = [dataclasses.replace(f, change="") if f.change.startswith("task.") else f for f in findings]
     findings += _copies(manifest, measured, lows)
-    findings += _balance(manifest, several=source.target == "classes")
+    findings += _balance(manifest, source, recipe)
     findings += _drift(manifest, measured, source.bands)
     findings.sort(key=lambda finding: not finding.untrue)
 
@@ -151,14 +152,43 @@ def _other_split(source: Source, recipe: Recipe, possible: bool) -> str:
     folded = [f"{kind} data.folds=5" for kind in kinds]
     fewer = [f"{change} data.test_fraction=0" for change in kinds] if possible else []
     for change in (*kinds, "data.test_fraction=0.15", *folded, *fewer):
-        try:
-            other = load_recipe(recipe.model_dump(), change.split())
-            split = make_split(source.manifest, source.strata, other.data, other.seed, source.contents)
-        except (DataError, RecipeError):
-            continue
-        if possible or not split.warnings:
+        split = _split_with(source, recipe, change)
+        if split is not None and (possible or not split.warnings):
             return change
     return ""
+
+
+def _split_with(source: Source, recipe: Recipe, change: str) -> Split | None:
+    """The split with a change of the recipe; None where the recipe or the data does not allow it."""
+    try:
+        other = load_recipe(recipe.model_dump(), change.split())
+        return make_split(source.manifest, source.strata, other.data, other.seed, source.contents)
+    except (DataError, RecipeError):
+        return None
+
+
+def _in_folds(source: Source, recipe: Recipe) -> str:
+    """The change that lets every image be tested once, with the most folds up to five; the next fold if there are."""
+    if recipe.data.folds is not None:
+        return f"data.fold={(recipe.data.fold + 1) % recipe.data.folds}"
+    now = "" if recipe.data.split_file is None else "data.split_file=null "
+    for folds in (5, 4, 3, 2):
+        for kind in ("", "data.split=group ", "data.split=blocks ", "data.split=stratified "):
+            change = f"{now}{kind}data.folds={folds}"
+            if _split_with(source, recipe, change) is not None:
+                return change
+    return ""
+
+
+def _without_single(source: Source, recipe: Recipe) -> str:
+    """The command that takes the one class with a single image out of a folder of classes: hidden folders are none."""
+    counts = source.manifest["label"].value_counts()
+    single = counts.index[counts == 1]
+    if len(single) != 1 or len(counts) < 3 or recipe.data.resolved_source != "folder" or source.target != "class":
+        return ""
+    name = source.classes[int(single[0])]
+    folder = Path(str(recipe.data.root)) / name
+    return shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))]) if folder.is_dir() else ""
 
 
 def _with_command(finding: Finding, command: str, files: dict[str, str]) -> Finding:
@@ -169,6 +199,8 @@ def _with_command(finding: Finding, command: str, files: dict[str, str]) -> Find
         command: What trains.
         files: What stands for ``{data}``, ``{split}`` and ``{clean}``, as far as there is something.
     """
+    if finding.change.startswith("mv "):
+        return finding
     if finding.change.startswith("r2kit "):
         return dataclasses.replace(finding, change=finding.change.format(**files))
     if finding.change in (SPLIT_FILE, CLEAN_FILE):
@@ -275,17 +307,20 @@ def _used(manifest: pd.DataFrame) -> np.ndarray:
     return known if known.any() else ~known
 
 
-def _balance(manifest: pd.DataFrame, *, several: bool) -> list[Finding]:
+def _balance(manifest: pd.DataFrame, source: Source, recipe: Recipe) -> list[Finding]:
     """Classes of very different size, and classes with next to nothing held out."""
     findings = []
     each = manifest[["class", "part"]].assign(row=np.arange(len(manifest)))
-    if several:
+    if source.target == "classes":
         each = each.assign(**{"class": each["class"].map(labels_of)}).explode("class").dropna(subset="class")
     counts = each["class"].value_counts()
     if counts.iloc[0] > IMBALANCE * counts.iloc[-1]:
         text = f"class '{counts.index[0]}' has {counts.iloc[0]} images, '{counts.index[-1]}' only {counts.iloc[-1]}"
         mend = "trust balanced accuracy and macro F1, not accuracy; add images, or draw rare classes more often"
-        findings.append(Finding("imbalance", False, text, mend, change="data.sampler=square_root"))
+        change = "data.sampler=square_root"  # unless something makes up for it already, or the task does not allow it
+        if recipe.data.sampler != "shuffle" or _split_with(source, recipe, change) is None:
+            change = ""
+        findings.append(Finding("imbalance", False, text, mend, change=change))
     part = "test" if (manifest["part"] == "test").any() else "val"  # the one that the result is measured on
     held = each[each["part"] == part].groupby("class").size()
     few = held[held < FEW].sort_values()
@@ -297,7 +332,7 @@ def _balance(manifest: pd.DataFrame, *, several: bool) -> list[Finding]:
             text = f"{part} has {few.iloc[0]} image(s), fewer than {FEW}: figures on so few are all but chance"
         rows = each["row"][each["class"].isin(few.index) & (each["part"] == part)].unique()
         mend = "add images, or let every image be tested once, in folds"
-        findings.append(Finding("small classes", False, text, mend, rows[:, None], change="data.folds=5"))
+        findings.append(Finding("small classes", False, text, mend, rows[:, None], _in_folds(source, recipe)))
     return findings
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.sampling import draw_epoch
@@ -175,7 +175,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class Collate:
-    """Stacks samples and normalises the stack.
+    """Normalises samples and stacks them.
 
     Args:
         preprocess: Normalisation.
@@ -187,7 +187,8 @@ class Collate:
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
         """Return `image` float32 (B, C, H, W) normalised, `label` (B,) int64 or (B, K) float32, `index` int64 (B,)."""
         return {
-            "image": self.preprocess.normalize(torch.stack([sample["image"] for sample in samples])),
+            # One by one while they are in the processor's cache; a worker process stacks into memory that both share.
+            "image": default_collate([self.preprocess.normalize(sample["image"][None])[0] for sample in samples]),
             "label": torch.from_numpy(np.stack([sample["label"] for sample in samples])),
             "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
         }

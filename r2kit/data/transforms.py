@@ -31,6 +31,9 @@ from r2kit.recipe import AugmentSpec
 Preset = Literal["overhead", "natural", "none"]
 _TAG_LISTED = 2**31  # keeps the draws of the listed transforms apart from those of the preset
 _VEIL_SIDE = 64  # rows and columns that tell how bright an image is
+_SATURATING = {
+    np.dtype(name): depth for name, depth in (("uint8", cv2.CV_8U), ("uint16", cv2.CV_16U), ("int16", cv2.CV_16S))
+}
 _MIN_VISIBLE = 0.2  # a box of which less is left after a cut no longer shows what its label says
 
 
@@ -124,7 +127,9 @@ def band_means(img: np.ndarray) -> np.ndarray:
 
 
 def _as_type(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Cast floats, which are changed in place; integers are rounded and stay in their type's range."""
+    """Cast floats (H, W), which are changed in place; integers are rounded and stay in their type's range."""
+    if dtype in _SATURATING:  # all of it in one pass
+        return cv2.add(values, 0, dtype=_SATURATING[dtype])
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         np.rint(values, out=values)

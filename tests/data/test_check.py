@@ -1,5 +1,6 @@
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from r2kit.data import findings
 from r2kit.data.check import Verdict, check_data
 from r2kit.data.datamodule import DataModule
 from r2kit.data.findings import Finding
+from r2kit.data.sources import open_source
+from r2kit.data.splits import write_splits
 from r2kit.recipe import AugmentSpec, DataSpec
 from r2kit.recipe_file import load_recipe
 from tests.data.test_perceptual import scene
@@ -222,4 +225,33 @@ def test_what_has_a_command_and_what_has_none(scenes: Path) -> None:
     assert found["files"].change == "train data.on_bad_file=skip"
     assert "'a' 2: the figures of such a class are all but chance" in found["small classes"].text
     assert found["small classes"].pairs.shape == (2, 1)
+    assert (
+        found["small classes"].change == "train data.split=stratified data.folds=5"
+    )  # folds alone: it has its own parts
     assert "split" not in found
+
+
+def test_commands_that_mend_are_possible_with_what_is_set_already(make_folder: Callable[..., Path]) -> None:
+    root = make_folder({"few": 4, "many": 90})
+    found = {finding.kind: finding for finding in check(root).findings}
+    assert found["small classes"].change == "train data.folds=4"  # five folds of four images cannot be
+    assert found["imbalance"].change == "train data.sampler=square_root"
+    spec = {"data": {"root": str(root), "workers": 1}, "task": {"class_weights": "effective_number"}}
+    weighed = check_data(load_recipe(spec, ["data.folds=4", "data.fold=3"]), root.parent / "out", "train").findings
+    changes = {finding.kind: finding.change for finding in weighed}
+    assert changes["imbalance"] == ""  # class weights and a sampler exclude each other
+    assert changes["small classes"] == "train data.fold=0"
+    split = root.parent / "split.csv"
+    write_splits(open_source(DataSpec(root=str(root))), DataSpec(root=str(root)), 0, split)
+    kept = {finding.kind: finding for finding in check(root, f"data.split_file={split}").findings}
+    assert kept["small classes"].change == "train data.split_file=null data.folds=4"
+    for change in (found["small classes"].change, kept["small classes"].change):
+        assert kinds(check(root, *change.split()[1:]), True) == []
+
+
+def test_a_class_of_one_image_is_taken_out_by_the_command(make_folder: Callable[..., Path]) -> None:
+    root = make_folder({"a": 20, "b": 20, "one": 1})
+    (found,) = (finding for finding in check(root).findings if finding.untrue)
+    assert found.change == f"mv {root}/one {root}/.one"
+    subprocess.run(shlex.split(found.change), check=True)
+    assert kinds(check(root), True) == []

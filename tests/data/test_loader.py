@@ -8,7 +8,7 @@ import torch
 
 from r2kit.data.bluemarble import BlueMarble
 from r2kit.data.folder import ImageFolder
-from r2kit.data.loader import EpochSampler, Samples, fill_batch, make_loader
+from r2kit.data.loader import Collate, EpochSampler, Samples, fill_batch, make_loader
 from r2kit.data.preprocess import Preprocess
 from r2kit.errors import DataError
 from r2kit.recipe import AugmentSpec
@@ -173,3 +173,15 @@ def test_an_interrupted_epoch_leaves_out_what_it_had():
     assert list(other) == whole[8:]
     other.set_epoch(3)
     assert len(list(other)) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_batch_is_the_normalised_stack_bit_for_bit(dtype: torch.dtype) -> None:
+    preprocess = Preprocess(("a", "b"), (0.3, 0.6), (0.21, 0.17), 255.0, (4, 5), "squash", "bilinear", ("x", "y"))
+    images = torch.randint(0, 256, (6, 2, 4, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = images.clone()
+    samples = [{"image": image, "label": np.int64(0), "index": row} for row, image in enumerate(images)]
+    batch = Collate(preprocess)(samples)
+    assert torch.equal(batch["image"], preprocess.normalize(images))
+    assert batch["image"].is_contiguous()
+    assert torch.equal(images, given)  # a source may hold them

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from r2kit.data import transforms
 from r2kit.data.transforms import A, Augment, BandLight, Haze, RandomWindow
 
 
@@ -244,3 +245,11 @@ def test_an_image_without_boxes_and_one_with_boxes_are_turned_alike() -> None:
     assert still.kept.tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="one for each box"):
         augment.with_targets(raw, (4, 2), masks=np.zeros((1, *mask.shape), bool))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32"])
+def test_integers_are_rounded_and_stay_in_their_range(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    values = np.array([[-40_000.0, -0.6, 0.5, 1.5, 2.4, 70_000.0, 254.6]], dtype=np.float32)
+    expected = np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+    np.testing.assert_array_equal(transforms._as_type(values.copy(), np.dtype(dtype)), expected)
