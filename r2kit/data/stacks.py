@@ -57,15 +57,15 @@ def stack_path(files: Mapping[str, str]) -> str:
     Raises:
         DataError: If a name holds one of the characters that stacks are written with.
     """
-    for file in files.values():
-        if set(file) & set("{},="):
-            raise DataError(f"{file}: a file of one band may not have any of {{ }} , = in its name; rename it")
     heads = {file[: file.rfind(band)] for band, file in files.items() if band in file.rpartition("/")[2]}
     alike = len(heads) == 1 and all(file.startswith(tuple(heads)) for file in files.values())
     head = heads.pop() if alike else _common_folder(list(files.values()))
     suffixes = {os.path.splitext(file)[1] for file in files.values()}
     tail = suffixes.pop() if len(suffixes) == 1 else ""
     middle = {band: file[len(head) : len(file) - len(tail)] for band, file in files.items()}
+    for band, file in files.items():
+        if set(file) & set("{}") or set(middle[band]) & set(",="):
+            raise DataError(f"{file}: a file of one band may not have any of {{ }} , = in its name; rename it")
     return f"{head}{{{','.join(b if b == m else f'{b}={m}' for b, m in middle.items())}}}{tail}"
 
 

@@ -16,7 +16,7 @@ from r2kit.data.dense import known_mask
 from r2kit.data.masks import read_mask
 from r2kit.data.reader import IMAGE_SUFFIXES, find_images, read_image
 from r2kit.data.sources import DenseSource
-from r2kit.data.stacks import name_of
+from r2kit.data.stacks import name_of, parts_of
 from r2kit.errors import DataError, ModelError, RunError, did_you_mean
 from r2kit.explain.look import Explainer, Look, energy_inside, pointed_inside
 from r2kit.explain.methods import METHODS, Method
@@ -213,7 +213,8 @@ def _explain_one(
             raise DataError(f"{subject.name}: its mask has {sizes[0]} pixels, the image {sizes[1]}")
         object_tile = [Tile(_outlined(look.picture, first.mask(mask, look.window)), "the object")]
     row |= _inside(first, look, mask)
-    tiles = [Tile(look.picture, Path(subject.name).name), Tile(look.overlay, f"evidence for {look.question.words}")]
+    shown = Path(subject.name) if parts_of(subject.name) is None else name_of(Path(subject.name))
+    tiles = [Tile(look.picture, shown.name), Tile(look.overlay, f"evidence for {look.question.words}")]
     if second is not None:
         piece = raw if first.preprocess.bands == second.preprocess.bands else subject.read(second.preprocess.bands)
         other = second.look(piece[look.window], look.question.name, look.share_of_sides)

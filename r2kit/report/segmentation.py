@@ -13,6 +13,7 @@ from r2kit import plots
 from r2kit.data.datamodule import DataModule
 from r2kit.data.dense import known_mask
 from r2kit.data.sources import DenseSource
+from r2kit.data.stacks import name_of
 from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.dense.metrics import mean_iou
 from r2kit.errors import DataError, MissingExtraError, RunError
@@ -163,7 +164,7 @@ def _tiles(run: Run, module: DataModule, rows: pd.DataFrame) -> list[Tile]:
         pred = np.where(seen, probs.argmax(0), IGNORE)
         picture = visible(module, raw)
         wrong = np.where(truth == IGNORE, IGNORE, (pred != truth).astype(np.int64))
-        name = Path(str(row.path)).stem
+        name = name_of(Path(str(row.path))).name
         tiles += [
             Tile(picture, f"{name}, mean IoU {percent(float(row.miou))}"),  # type: ignore[arg-type]
             Tile(plots.paint(picture, truth), "truth"),

@@ -1,5 +1,6 @@
 """Tiles whose bands come as a file each: named by one path, read as one image, from the recipe to the map."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,13 +58,15 @@ def test_paths_of_stacks() -> None:
         ({"B02": "a/x_B02_10m.tif", "B05": "a/x_B05_20m.tif"}, "a/x_{B02=B02_10m,B05=B05_20m}.tif"),
         ({"red": "a/r/1.tif", "nir": "a/n/1.tif"}, "a/{red=r/1,nir=n/1}.tif"),
         ({"red": "1.tif", "nir": "/n/2.tif"}, "{red=1,nir=/n/2}.tif"),
+        ({"B02": "year=2020,a/B02.tif", "B03": "year=2020,a/B03.tif"}, "year=2020,a/{B02,B03}.tif"),
     ):
         assert stack_path(given) == expected
         assert [str(file) for file in files_of(expected)] == list(given.values())
     assert parts_of("a/t1_B02.tif") is None
     assert files_of("a/t1_B02.tif") == [Path("a/t1_B02.tif")]
-    with pytest.raises(DataError, match="may not have any of"):
-        stack_path({"B02": "a{1}/B02.tif"})
+    for files in ({"B02": "a{1}/B02.tif"}, {"B02": "a/B02,1.tif", "B03": "a/B03.tif"}):
+        with pytest.raises(DataError, match="may not have any of"):
+            stack_path(files)
     with pytest.raises(DataError, match="band B02 stands twice"):
         parts_of("t_{B02,B02}.tif")
 
@@ -146,6 +149,38 @@ def test_files_that_do_not_go_together_are_refused(
         write_tiff(path, pixels, transform=grid, crs=change.get("crs", "EPSG:32633"), nodata=change.get("nodata"))
     with pytest.raises(DataError, match=message):
         read_image(tmp_path / "t_{B02,B8A}.tif")
+
+
+def test_a_damaged_band_ends_in_a_message_that_names_the_stack_or_the_file(
+    tmp_path: Path, write_tiff: Callable[..., Path]
+) -> None:
+    write_tile(write_tiff, str(tmp_path / "t_"), 0)
+    good, rng, messages = (tmp_path / "t_B8A.tif").read_bytes(), np.random.default_rng(0), []
+    for turn in range(80):
+        damaged = bytearray(good if turn % 2 else good[: rng.integers(1, len(good))])
+        for place in rng.integers(0, len(damaged), 4):
+            damaged[place] ^= int(rng.integers(1, 256))
+        (tmp_path / "t_B8A.tif").write_bytes(damaged)
+        try:
+            read_image(tmp_path / "t_{B02,B8A}.tif")
+        except DataError as error:
+            messages.append(str(error))
+    assert all(str(tmp_path / "t_") in message and "\n" not in message for message in messages)
+    assert len(messages) > 20
+
+
+def test_a_tile_that_lacks_a_file_is_left_out_and_listed(tiles: Path, tmp_path: Path) -> None:
+    from r2kit.data.folder import ImageFolder
+
+    shutil.copytree(tiles, tmp_path / "tiles")
+    (tmp_path / "tiles" / "crop" / "t03_B8A.tif").unlink()
+    with pytest.raises(
+        DataError, match=r"1 of 20 images cannot be used: .*t03_\{B02,B8A,B03\}.tif: band B8A is missing"
+    ):
+        ImageFolder(tmp_path / "tiles", band_files=BANDS)
+    source = ImageFolder(tmp_path / "tiles", band_files=BANDS, on_bad_file="skip")
+    assert len(source.manifest) == 19
+    assert len(source.skipped) == 1
 
 
 def test_folders_and_beginnings_are_found(tiles: Path) -> None:
