@@ -128,11 +128,9 @@ def several_table(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def several_run(several_table, tmp_path_factory):
-    """A finished run of images with several labels; tests read it and do not change it."""
-    import r2kit
-
-    recipe = {
+def several_recipe(several_table) -> dict:
+    """A recipe of images with several labels."""
+    return {
         "seed": 1,
         "task": {"kind": "multilabel"},
         "data": {
@@ -146,7 +144,14 @@ def several_run(several_table, tmp_path_factory):
         "train": {"epochs": 2, "batch_size": 8, "lr": 5e-3},
         "augment": {"mixup": 0.3, "cutmix": 0.3},
     }
-    return r2kit.finetune(recipe, out=tmp_path_factory.mktemp("runs") / "several", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def several_run(several_recipe, tmp_path_factory):
+    """A finished run of images with several labels; tests read it and do not change it."""
+    import r2kit
+
+    return r2kit.finetune(several_recipe, out=tmp_path_factory.mktemp("runs") / "several", quiet=True)
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,16 @@ def test_a_run_backs_off_says_so_and_finds_a_rate(quick_recipe, tmp_path, monkey
     assert kept.batch == Batch(8, 4)
 
 
+def test_a_trial_of_rates_without_memory_is_one_line(quick_recipe, tmp_path, monkeypatch):
+    def lacks(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(prepare, "find_lr", lacks)
+    with pytest.raises(ModelError, match=r"train\.lr: auto: its trial with 8 images is out of memory; give train\.lr="):
+        r2kit.finetune(quick_recipe, overrides=["train.lr=auto"], out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_compile_and_tf32():
     assert choose_compile(Recipe(), CPU) == (False, "compiling whole networks gained nothing on a CPU (measured)")
     assert choose_compile(Recipe(), torch.device("cuda"))[0]

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -76,6 +77,11 @@ def test_the_jobset_meets_at_its_first_pod():
     assert pods == job["template"]["spec"]["completions"]
     assert f"--nnodes={pods}" in train["args"]
     assert f"--nproc-per-node={train['resources']['limits']['nvidia.com/gpu']}" in train["args"]
+
+
+def test_the_reason_against_fsdp_holds():
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU accelerator"):
+        Trainer(accelerator="cpu", strategy="fsdp", logger=False)
 
 
 def test_the_largest_network_is_as_small_as_the_text_says():

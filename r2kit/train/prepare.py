@@ -17,7 +17,7 @@ from r2kit.benchmark import measure_throughput
 from r2kit.console import quiet_libraries
 from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
-from r2kit.errors import RecipeError
+from r2kit.errors import ModelError, RecipeError
 from r2kit.loggers import check_loggers
 from r2kit.lr_finder import LrTrial, find_lr
 from r2kit.models import build_network, fit_preprocess, memory_format
@@ -31,6 +31,7 @@ from r2kit.train.choices import (
     choose_tf32,
     describe,
     fitting_batch,
+    is_out_of_memory,
 )
 from r2kit.train.ranks import layout
 
@@ -104,7 +105,7 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         task.lr = decided["lr"]
     elif recipe.train.lr == "auto":
         with console.status("looking for a learning rate"):
-            trial = find_lr(task, data, device)
+            trial = _find_lr(task, data, device)
         task.lr = trial.lr
     compiled = choose_compile(recipe, device)
     devices, machines = layout(recipe.train, device.type == "cuda")
@@ -128,6 +129,19 @@ def prepare(recipe: Recipe, console: Console, decided: dict[str, Any] | None = N
         trial,
         compiled[0],
     )
+
+
+def _find_lr(task: Task, data: DataModule, device: torch.device) -> LrTrial:
+    """Look for a learning rate, which takes the memory of the optimiser as well."""
+    try:
+        return find_lr(task, data, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"train.lr: auto: its trial with {data.batch_size} images is out of memory; give train.lr=1e-3 or another, "
+            f"or train.batch_size={max(2, data.batch_size // 2)}"
+        ) from None
 
 
 def open_data(recipe: Recipe) -> DataModule:

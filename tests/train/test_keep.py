@@ -50,7 +50,7 @@ def equal(one, two):
         return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(equal, one, two))
-    return one == two
+    return one == two or (one != one and two != two)  # a metric without an image is no number
 
 
 def interrupt(attempts, recipe_file, out, *, seed, kills, span, names):

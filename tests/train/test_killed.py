@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a detector on a bu
 
 ALWAYS = ["data.workers=2", "train.epochs=12", "train.batch_size=4", "train.checkpoint_every=2", "model.drop_rate=0.1"]
 CASES = {
-    "multilabel": ("several", "train.ema=true augment.mixup=0.4 augment.cutmix=0.4 train.accumulate=2"),
+    "multilabel": ("several_recipe", "train.ema=true augment.mixup=0.4 augment.cutmix=0.4 train.accumulate=2"),
     "segmentation": ("pond_recipe", "train.ema=true train.layer_decay=0.8 train.progressive_size=[0.5]"),
     "saliency": ("salient_recipe", "train.schedule=plateau train.plateau_patience=1 train.lr=0.3"),
     "detection": ("detection_recipe", "train.epochs=4 train.ema=true augment.mosaic=0.5 augment.copy_paste=0.5"),
@@ -34,15 +34,6 @@ CASES = {
         "train.time_limit=2h train.epochs=30 train.ema=true train.warmup_epochs=2",
     ),
 }
-
-
-@pytest.fixture
-def several(several_table):
-    return {
-        "data": {"root": str(several_table), "image_size": 32},
-        "task": {"kind": "multilabel"},
-        "model": {"name": "test_resnet"},
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

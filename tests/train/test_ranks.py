@@ -73,6 +73,25 @@ def test_metrics_do_not_depend_on_the_number_of_processes(quick_file, one_proces
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("base", "devices"),
+    [("several_recipe", 3), ("pond_recipe", 2), ("salient_recipe", 3), ("detection_recipe", 2)],
+    ids=["multilabel", "segmentation", "saliency", "detection"],
+)
+def test_metrics_of_every_kind_of_task_do_not_depend_on_the_number_of_processes(request, tmp_path, base, devices):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(load_recipe(request.getfixturevalue(base), [*STILL, "train.batch_size=5"])))
+    train(recipe, tmp_path / "one")
+    train(recipe, tmp_path / "run", f"train.devices={devices}")
+    one, run = Run.open(tmp_path / "one"), Run.open(tmp_path / "run")
+    images = (one.read_table(one.split_file)["split"] == "val").sum()
+    assert images % devices or images % 5  # else nothing was tested
+    assert validated(run) == validated(one)  # every digit
+    assert run.predictions("test").read_bytes() == one.predictions("test").read_bytes()
+
+
+@pytest.mark.slow
 def test_torchrun_starts_the_processes(quick_file, one_process, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "r2kit"]
     said = train(quick_file, tmp_path / "run", *STILL, "augment.preset=none", launcher=torchrun)
