@@ -70,7 +70,8 @@ def progress(steps: Sequence[_Step], label: str, console: Console, every: float 
 
 def quiet_libraries() -> None:
     """Silence what Lightning prints about itself, and warnings that a user of r2kit cannot act on."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    lightning = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    for name in (*lightning, "torch.utils.cpp_extension"):  # which warns of a missing GPU where nobody asked for one
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",  # r2kit chooses the number of workers itself

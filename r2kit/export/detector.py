@@ -2,7 +2,7 @@
 
 The exporter that everything else goes through cannot trace a detector: how many boxes are left is known only when it
 runs, and torchvision branches on it (torch 2.14, torchvision 0.29: "Could not guard on data-dependent expression
-Eq(4*u1, 0)" in torchvision/ops/boxes.py, _batched_nms_coordinate_trick). The older one, which torchvision is written
+4*u1 > 4000" in torchvision/ops/boxes.py, batched_nms). The older one, which torchvision is written
 for, traces the whole detector with its non-maximum suppression and the pasting of masks, for one image of any size.
 OpenVINO 2026.4 reads that file and finds the same objects, but where nothing is found it answers with one object.
 """
