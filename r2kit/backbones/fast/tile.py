@@ -155,10 +155,12 @@ template <class T> struct Ready {
 };
 
 // Room for `count` values, kept by each thread from call to call: new pages cost more than what is computed in them.
+// It begins with a line of the cache, so that no vector lies across two.
 template <class T, int WHICH> static T* kept(int64_t count) {
   thread_local std::vector<T> room;
-  if (int64_t(room.size()) < count) room.resize(count);
-  return room.data();
+  const int64_t more = 64 / sizeof(T);
+  if (int64_t(room.size()) < count + more) room.resize(count + more);
+  return (T*)((uintptr_t(room.data()) + 63) / 64 * 64);
 }
 """
 )

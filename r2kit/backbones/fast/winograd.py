@@ -115,11 +115,18 @@ template <class T> static void transform_output(const T* m, int64_t step, int64_
   }
 }
 
+// Distance of two places: an odd number of the cache's lines, so that one square's sixteen do not fall on each other.
+template <class T> static int64_t apart(int64_t count) {
+  const int64_t line = 64 / sizeof(T);
+  return ((count + line - 1) / line | 1) * line;
+}
+
 template <class T> static void run(const Args& a) {
   const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, wide = panels * W;
   const int64_t tall = (a.out_height + 1) / 2, across = (a.out_width + 1) / 2, squares = a.batch * tall * across;
   const int64_t fits = ROOM / (16 * (a.chans + wide)) / MR * MR, block = std::max<int64_t>(2 * MR, fits);
   const Ready<T> ready(a.finish, a.out_chans);
+  const int64_t step_v = apart<T>(block * a.chans), step_m = apart<T>(block * wide);
   std::vector<T> zeros(a.chans, T(0));
   T* u = kept<T, 0>(16 * panels * a.chans * W);
 #pragma omp parallel num_threads(a.threads)
@@ -128,7 +135,7 @@ template <class T> static void run(const Args& a) {
     const int64_t quads = wide / 4;
     for (int64_t q = quads * t / n; q < quads * (t + 1) / n; q++)
       for (int64_t c = 0; c < a.chans; c += 4) transform_kernel<T>(a, c, q * 4, u, panels);
-    T *v = kept<T, 1>(16 * block * a.chans), *m = kept<T, 2>(16 * block * wide), *out = kept<T, 3>(4 * wide);
+    T *v = kept<T, 1>(16 * step_v), *m = kept<T, 2>(16 * step_m), *out = kept<T, 3>(4 * wide);
 #pragma omp barrier
     for (int64_t s0 = squares * t / n, end = squares * (t + 1) / n; s0 < end; s0 += block) {
       const int64_t count = std::min(block, end - s0);
@@ -140,20 +147,20 @@ template <class T> static void run(const Args& a) {
           const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
           from[i] = inside ? (const T*)a.x + ((image * a.height + y) * a.width + x) * a.ldx : zeros.data();
         }
-        transform_input<T>(from, a.chans, v + s * a.chans, block * a.chans);
+        transform_input<T>(from, a.chans, v + s * a.chans, step_v);
       }
       for (int64_t place = 0; place < 16; place++)
         for (int64_t p = 0; p < panels; p++)
           for (int64_t s = 0; s < count; s += MR) {
             const int64_t rows = std::min(MR, count - s), start = 0;
             const T* at[MR];
-            for (int64_t i = 0; i < rows; i++) at[i] = v + (place * block + s + i) * a.chans;
+            for (int64_t i = 0; i < rows; i++) at[i] = v + place * step_v + (s + i) * a.chans;
             tile_of<T>(rows)(at, &start, 1, a.chans, u + (place * panels + p) * a.chans * W,
-                             m + (place * block + s) * wide + p * W, wide, true);
+                             m + place * step_m + s * wide + p * W, wide, true);
           }
       for (int64_t s = 0; s < count; s++) {
         const int64_t image = (s0 + s) / (tall * across), h = (s0 + s) / across % tall * 2, w = (s0 + s) % across * 2;
-        transform_output<T>(m + s * wide, block * wide, wide, out);
+        transform_output<T>(m + s * wide, step_m, wide, out);
         for (int64_t i = 0; i < 4; i++)
           if (h + i / 2 < a.out_height && w + i % 2 < a.out_width)
             ready.write(out + i * wide, (image * a.out_height + h + i / 2) * a.out_width + w + i % 2, 0, a.out_chans);
