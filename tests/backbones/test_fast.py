@@ -40,8 +40,9 @@ def shake(model):
     """Give every norm statistics and weights that are not those it was made with."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.3)
             nn.init.normal_(module.running_mean, 0, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
@@ -303,6 +304,24 @@ def test_units_of_timm():
         torch.manual_seed(0)
         net = ResNet(block, (1, 2, 1, 1), channels=(64, 64, 64, 64), num_classes=3, stem_type="deep", stem_width=16)
         assert_same(net, torch.randn(3, 3, 33, 41))
+
+
+def test_norm_that_stands_alone(monkeypatch):
+    calls = []
+    alone = optimize.functions.norm_alone
+    monkeypatch.setattr(optimize.functions, "norm_alone", lambda *given: calls.append(1) or alone(*given))
+    for affine, chans in ((True, 5), (False, 19)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, chans, 3), nn.MaxPool2d(2), nn.BatchNorm2d(chans, affine=affine))
+        assert_same(net, torch.randn(1, 3, 9, 7).contiguous(memory_format=torch.channels_last))
+    assert calls
+
+
+def test_a_unit_makes_its_own_shortcut(monkeypatch):
+    torch.manual_seed(0)
+    fast = fast_copy(Res2Block(48, 64, downsample=projection(48, 256, 2), stride=2))
+    monkeypatch.setattr(fast.downsample, "forward", None)  # it is not called
+    assert fast(torch.randn(2, 48, 9, 7)).shape == (2, 256, 5, 4)
 
 
 def test_whole_network_and_deep_stem():
