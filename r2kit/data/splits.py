@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from r2kit.data.sources import Source
@@ -174,6 +176,10 @@ def make_split(
             notes.append("the data has no test part of its own; results are on the validation images")
     else:
         units = {"blocks": blocks, "group": group_names(manifest), "stratified": None}[kind]
+        if kind == "blocks" and blocks is not None and manifest["group"].notna().any():
+            units = _joined(blocks, group_names(manifest))
+            if (joined := len(np.unique(blocks)) - len(np.unique(units))) > 0:
+                notes.append(f"groups reach over the borders of blocks: {joined} blocks were joined to others")
         everything = np.arange(len(manifest))
         if spec.folds is None:
             fractions = {"val": spec.val_fraction, "test": spec.test_fraction}
@@ -309,6 +315,16 @@ def group_names(manifest: pd.DataFrame) -> np.ndarray:
     # The letter keeps a group apart from an image whose id is the group's name.
     alone = "i" + manifest["id"].astype(str)
     return alone.where(manifest["group"].isna(), "g" + manifest["group"].astype(str)).to_numpy(dtype=object)
+
+
+def _joined(blocks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Name, for each image, what holds its whole block, the whole groups in it, their other blocks, and so on."""
+    block, names = pd.factorize(blocks)
+    group, _ = pd.factorize(groups)
+    touching = coo_array((np.ones(len(block)), (block, group)), shape=(len(names), int(group.max()) + 1)).tocsr()
+    _, part = connected_components(touching @ touching.T, directed=False)
+    first = np.unique(part, return_index=True)[1]
+    return np.asarray(names, dtype=object)[first[part[block]]]
 
 
 def _distinct(contents: pd.DataFrame | None, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,9 +77,9 @@ class DataSpec(Spec):
     limit: Annotated[int, Field(ge=2)] | None = None
     """Use at most this many images, balanced over the classes: for quick tries."""
     split: Literal["auto", "blocks", "group", "stratified"] = "auto"
-    """`blocks`: whole squares of land are held out. `group`: whole groups of a table. `stratified`: at random within
-    each class. `auto`: the data's own train, val and test if it has them, else `group` where the images have groups,
-    else `blocks` where they have coordinates, else `stratified`."""
+    """`blocks`: whole squares of land are held out, joined where a group reaches over their borders. `group`: whole
+    groups of a table. `stratified`: at random within each class. `auto`: the data's own train, val and test if it has
+    them, else `group` where the images have groups, else `blocks` where they have coordinates, else `stratified`."""
     split_file: str | None = None
     """CSV or Parquet file with columns id and split (train, val, test), as `r2kit data split` writes it, instead of
     making a split; relative to the current folder. Images that it does not name are not used."""

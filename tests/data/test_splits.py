@@ -99,6 +99,24 @@ def test_blocks_are_never_shared_between_parts_and_fractions_are_honest() -> Non
         assert split.warnings == ()
 
 
+def test_blocks_that_a_group_reaches_over_stay_together() -> None:
+    frame = world()
+    plain = make_split(frame, CLASSES, DataSpec(split="blocks"), seed=0)
+    rng = np.random.default_rng(1)
+    frame["group"] = np.where(rng.random(len(frame)) < 0.02, rng.integers(0, 30, len(frame)).astype(str), None)
+    split = make_split(frame, CLASSES, DataSpec(split="blocks"), seed=0)
+    part = parts_of(split, len(frame))
+    held = frame.assign(part=part, block=split.blocks)
+    assert (held.groupby("block")["part"].nunique() == 1).all()
+    assert (held[held["group"].notna()].groupby("group")["part"].nunique() == 1).all()
+    assert len(np.unique(split.blocks)) == len(np.unique(plain.blocks)), "blocks keep their own names"
+    assert any("reach over the borders of blocks" in note for note in split.warnings)
+    inside = frame.assign(group=["in " + name for name in plain.blocks])  # a group for each block joins nothing
+    same = make_split(inside, CLASSES, DataSpec(split="blocks"), seed=0)
+    assert (parts_of(same, len(frame)) == parts_of(plain, len(frame))).all()
+    assert not any("reach over" in note for note in same.warnings)
+
+
 def test_block_names_are_their_south_west_corner() -> None:
     frame = manifest([0, 0, 0, 0], lon=[-180.0, -0.1, 0.0, 179.9], lat=[-90.0, 5.0, 10.0, 89.9])
     assert block_names(frame, 10.0).tolist() == ["lat-90_lon-180", "lat+0_lon-10", "lat+10_lon+0", "lat+80_lon+170"]
