@@ -10,6 +10,7 @@ import pytest
 from r2kit import cli
 from r2kit.compare import compare_models, compare_runs, seeds_interval
 from r2kit.errors import RunError
+from r2kit.result.paired import FIGURES
 from r2kit.run import Run
 
 
@@ -116,6 +117,32 @@ def test_the_whole_comparison_from_a_recipe(quick_recipe, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "test_vit is" in said
     assert (tmp_path / "page" / "compare.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fixture", ["finished_run", "several_run", "pond_run", "salient_run", "detection_run", "instance"]
+)
+def test_every_kind_is_compared_from_its_recipe(request, fixture, tmp_path, capsys):
+    overrides, base = [], fixture
+    if fixture == "instance":
+        base = "detection_run"
+        boxes = request.getfixturevalue("objects_folder") / "boxes.json"
+        overrides = ["task.kind=instance", "task.model=mask_rcnn", f"data.root={boxes}", "task.regions=16"]
+        overrides += ["task.width=16", "data.image_size=48"]
+    recipe = request.getfixturevalue(base).recipe_file
+    command = ["compare", "--recipe", str(recipe), "--models", "test_resnet,test_efficientnet", "--seeds", "2"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, *overrides, "train.epochs=1", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert caught.value.code == 0, said.err
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    kind = "instance" if fixture == "instance" else Run.open(recipe.parent).recipe.task.kind
+    assert found["figure"] == FIGURES[kind]
+    assert [entry["name"] for entry in found["entries"]] == ["test_resnet", "test_efficientnet"]
+    assert all(len(entry["by_seed"]) == 2 and entry["cost"]["images_per_second"] > 0 for entry in found["entries"])
+    assert "test_efficientnet is" in " ".join(said.out.split())
+    assert found["sentences"][0] in (tmp_path / "out" / "compare.html").read_text()
 
 
 def test_the_command_line_refuses_contradictions(tmp_path, capsys):
