@@ -69,7 +69,7 @@ def test_evidence_inside_given_masks(finished_run, image_folder, tmp_path):
     Image.fromarray(mask[:20]).save(tmp_path / "masks" / "005.png")
     with pytest.raises(DataError, match=r"005.png: its mask has 20 x 24 pixels, the image 24 x 24"):
         explain(finished_run, image.with_name("005.png"), masks=tmp_path / "masks", out=tmp_path / "out")
-    with pytest.raises(DataError, match=r"has no mask for 004.png: a file named 004.png or the like"):
+    with pytest.raises(DataError, match=r"has no mask for 004: a file named 004.png or the like"):
         explain(finished_run, [image.with_name("004.png")], masks=tmp_path / "masks", out=tmp_path / "out")
 
 
