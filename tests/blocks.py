@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from r2kit.cli import app, main
+from r2kit.cli.data import chosen_data
 from r2kit.recipe_file import load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +152,9 @@ def check_r2kit(words: list[str], where: str) -> None:
     except Exception as error:  # typer brings a click of its own, whose errors have no public name
         said = error.format_message() if hasattr(error, "format_message") else repr(error)
         raise AssertionError(f"{where}: r2kit {shlex.join(words)}: {said}") from None
-    given = context.params.get("overrides") or []
+    given = list(context.params.get("overrides") or [])
+    if isinstance(data := context.params.get("data"), str):  # of `r2kit data ...`: the images come as an argument
+        given = [*chosen_data(data), *given]
     recipe = context.params.get("recipe")
     known = recipe is not None and Path(recipe).stem in packaged_recipes()
     load_recipe(Path(recipe).stem if known else {}, given)

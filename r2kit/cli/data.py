@@ -90,7 +90,7 @@ def data_check(
     from r2kit.data.check import check_data
 
     checked = _recipe_of(data, overrides, recipe)
-    command = shlex.join(["r2kit", "finetune", recipe or "RECIPE", *_chosen(data), *(overrides or [])])
+    command = shlex.join(["r2kit", "finetune", recipe or "RECIPE", *chosen_data(data), *(overrides or [])])
     verdict = check_data(checked, out, command, shlex.join([data, *(overrides or [])]))
     for finding in verdict.findings:
         typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
@@ -128,12 +128,14 @@ def _recipe_of(data: str, overrides: list[str] | None, recipe: str | None = None
 
     # JSON is YAML, so that a path with any characters stays one text; what a recipe says about its data gives way.
     keys = {"source": '"auto"', "root": "null", "name": "null"}
-    keys |= {item.split("=", 1)[0].removeprefix("data."): json.dumps(item.split("=", 1)[1]) for item in _chosen(data)}
+    keys |= {
+        item.split("=", 1)[0].removeprefix("data."): json.dumps(item.split("=", 1)[1]) for item in chosen_data(data)
+    }
     instead = [f"data.{key}={value}" for key, value in keys.items()]
     return load_recipe({} if recipe is None else recipe, [*instead, *(overrides or [])])
 
 
-def _chosen(data: str) -> list[str]:
+def chosen_data(data: str) -> list[str]:
     """DATA as key.path=value items."""
     if data == "bluemarble":
         return ["data.source=bluemarble"]
