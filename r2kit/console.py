@@ -84,3 +84,13 @@ def quiet_libraries() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # the run folder is made by r2kit
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number and its noun: ``1 class``, ``1,200 objects``; `many` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def sentence(text: str) -> str:
+    """Return text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from r2kit import plots
-from r2kit.console import duration
+from r2kit.console import counted, duration, sentence
 from r2kit.plots import Theme, Tile
 from r2kit.run import Run
 
@@ -51,6 +51,8 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters["thousands"] = lambda number: f"{number:,}".replace(",", "\u2009")  # a thin space
     environment.filters["duration"] = duration
+    environment.filters["counted"] = counted
+    environment.filters["sentence"] = sentence
     return environment.get_template(name)
 
 

@@ -83,7 +83,7 @@ def test_unreadable_images_are_listed_and_the_others_are_still_written(finished_
     assert str(broken) in line
     assert "note.png" in line
     assert "the other 11 are in" in line
-    assert "--on-bad-file skip" in line
+    assert "mend or remove them" in line
     assert len(pd.read_csv(tmp_path / "found.csv")) == 11
 
 

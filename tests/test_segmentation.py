@@ -189,3 +189,13 @@ def test_a_scene_is_mapped_and_the_network_exported(pond_run, tmp_path):
     (made,) = export(pond_run, ["torch-export"], out=tmp_path / "export")
     assert made.difference <= TOLERANCE["fp32"]
     assert np.load(tmp_path / "export" / "golden_output.npy").shape[1:] == (2, 32, 32)
+
+
+def test_masks_never_replace_their_images(pond_run, ponds, tmp_path):
+    image = tmp_path / "01.png"
+    image.write_bytes((ponds / "images" / "01.png").read_bytes())
+    before = image.read_bytes()
+    with pytest.raises(DataError, match="could replace this image; give another --out"):
+        predict(pond_run, [image], out=tmp_path)
+    assert image.read_bytes() == before
+    assert not (tmp_path / "predictions.csv").exists()

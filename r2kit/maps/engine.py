@@ -27,7 +27,7 @@ from r2kit.data.files import stamp_of
 from r2kit.data.reader import find_images
 from r2kit.data.stacks import name_of
 from r2kit.errors import DataError, R2kitError, require
-from r2kit.maps.network import AT_ONCE, TileNetwork
+from r2kit.maps.network import AT_ONCE, SMALLEST_TILE, TileNetwork
 from r2kit.maps.scene import Scene, Window2d
 from r2kit.maps.tiling import Blend, Grid, hann
 from r2kit.maps.vectors import write_polygons
@@ -41,6 +41,7 @@ Pixels near them then differ from a map of overlap 3/4 hardly more often than al
 tiles, twice of it 1.9 times as many."""
 _BUDGET = 64 * 2**20  # bytes for the sums of one row of tiles; the rows being written take as much again
 _GDAL_CACHE = 64 * 2**20  # bytes of GDAL's own cache of blocks, which else is a share of the machine's memory
+_MAP_SUFFIX = ".map.tif"  # of the map of SCENE in a folder of maps
 _CELL_ROWS = 16  # rows of a grid map that are written as one piece
 
 Tile = tuple[Tensor, NDArray[np.bool_]] | None
@@ -82,6 +83,8 @@ class MapSettings:
         """
         if not 0.0 <= self.overlap <= 0.75:
             raise DataError(f"--overlap: got {self.overlap:g}, allowed is a share of the tile from 0 to 0.75")
+        if self.tile is not None and min(self.tile) < SMALLEST_TILE:
+            raise DataError(f"--tile: got {min(self.tile)}, allowed are {SMALLEST_TILE} pixels of the scene or more")
         if self.cell is not None and self.cell < 1:
             raise DataError(f"--cell: got {self.cell}, allowed is one pixel of the scene or more")
         if self.vector not in (None, "geojson", "gpkg"):
@@ -112,12 +115,17 @@ def predict_maps(
         The maps, in the order of the scenes.
 
     Raises:
-        DataError: If two scenes would write one map, or after all others were made, if one could not be.
+        DataError: If two scenes would write one map, a setting is of the other kind of map, or after all others were
+            made, if one could not be.
     """
     console = console or make_console(quiet=True)
     scenes = whole_scenes(run, scenes)
     targets = map_files(scenes, out)
     network = TileNetwork(run, settings.tile, settings.device, tta=settings.tta)
+    if network.dense and settings.cell is not None:
+        raise DataError("--cell: is for the grid map of a classification; a segmentation gives every pixel a class")
+    if not network.dense and settings.overlap != OVERLAP:
+        raise DataError("--overlap: is for the map of a segmentation; for a finer map of a classification give --cell")
     failed: list[str] = []
     for number, (scene, target) in enumerate(zip(scenes, targets, strict=True), 1):
         try:
@@ -139,26 +147,35 @@ def predict_maps(
 
 
 def whole_scenes(run: Run, scenes: Sequence[Path]) -> list[Path]:
-    """Return the scenes, each a file, or the stack of the files of its bands where the run's images are such stacks."""
+    """Return the scenes, each a file, or the stack of the files of its bands where the run's images are such stacks.
+
+    A folder stands for all scenes below it, the maps that an earlier command put there left out.
+    """
     bands = run.recipe.data.band_files
-    if bands is None:
-        return list(scenes)
-    return [path for scene in scenes for path in ([scene] if scene.is_file() else find_images([scene], bands))]
+    found: list[Path] = []
+    for scene in scenes:
+        if scene.is_file() or (bands is None and not scene.is_dir()):
+            found.append(scene)
+        else:
+            found += [path for path in find_images([scene], bands) if not path.name.endswith(_MAP_SUFFIX)]
+    return found
 
 
 def map_files(scenes: Sequence[Path], out: Path) -> list[Path]:
     """Return the map of each scene: `out` itself if it ends in .tif, else SCENE.map.tif in the folder `out`.
 
     Raises:
-        DataError: If two scenes would write one map.
+        DataError: If two scenes would write one map, or a map would replace a scene.
     """
     one = out.suffix.lower() in (".tif", ".tiff")
     if one and len(scenes) != 1:
         raise DataError(f"{out}: is one map, and there are {len(scenes)} scenes; give a folder")
-    targets = [out] if one else [out / f"{name_of(scene).name}.map.tif" for scene in scenes]
+    targets = [out] if one else [out / f"{name_of(scene).name}{_MAP_SUFFIX}" for scene in scenes]
     if len(set(targets)) != len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
         raise DataError(f"{out}: two scenes would become {twice.name}; give scenes of different names")
+    if own := {scene.resolve() for scene in scenes} & {target.resolve() for target in targets}:
+        raise DataError(f"{min(own)}: is a scene itself, which the map would replace; give another --out")
     return targets
 
 
@@ -176,19 +193,26 @@ def _make(
         if settings.vector is not None and scene.crs is None:
             raise DataError(f"{path}: has no coordinate system, so its areas have no place; leave out --vector")
         form = _format(run, network, scene, settings)
+        areas = None if settings.vector is None else target.with_suffix(f".{settings.vector}")
         if target.exists():
             if made_with(target) == form.fingerprint:
+                # Polygons are no setting of the map: they may be asked for later, or an end came before them.
+                if areas is not None and (not areas.exists() or areas.stat().st_mtime < target.stat().st_mtime):
+                    write_polygons(target, areas)
+                    return f"finished already; written: {areas}"
                 return "finished already"
             if not settings.overwrite:
                 raise DataError(f"{target}: exists, made with other settings; give --overwrite or another --out")
+        elif areas is not None and areas.exists() and not settings.overwrite:
+            raise DataError(f"{areas}: exists, and there is no map that it is of; give --overwrite or another --out")
         writer = MapWriter(target, form)
         make = _dense if network.dense else _grid
         # One pool for the whole scene: every thread that reads keeps a file open until the end.
         with ThreadPoolExecutor(settings.workers) if settings.workers else nullcontext() as pool:
             make(network, scene, writer, settings, pool, lambda steps: progress(steps, label, console))
         writer.finish()
-        if settings.vector is not None:
-            write_polygons(target, target.with_suffix(f".{settings.vector}"))
+        if areas is not None:
+            write_polygons(target, areas)
         return f"{form.size[0]} x {form.size[1]} pixels, {len(form.classes)} classes"
     finally:
         scene.close()

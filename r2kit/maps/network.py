@@ -22,6 +22,8 @@ AT_ONCE = 8
 depend on how many tiles were left for the last one."""
 
 _MULTIPLE = 32  # the sides of an image that every network of the family takes
+SMALLEST_TILE = 32
+"""Pixels of the scene that the side of a tile has at least: less is no ground to judge."""
 
 
 class TileNetwork:

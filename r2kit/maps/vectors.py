@@ -14,7 +14,7 @@ import rasterio.features
 import rasterio.warp
 
 from r2kit.data.reader import open_raster
-from r2kit.errors import DataError
+from r2kit.errors import DataError, require
 from r2kit.maps.writer import class_names
 
 _DEGREES = "EPSG:4326"  # RFC 7946 knows no other for GeoJSON
@@ -44,12 +44,35 @@ def write_polygons(map_file: Path, out: Path) -> Path:
 
 
 def polygons(map_file: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield (geometry in degrees, pixel value) of each connected area of one class, as GeoJSON geometries."""
+    """Yield (polygon in degrees, pixel value) of each connected area of one class, as GeoJSON geometries.
+
+    An area that crosses the antimeridian is cut there, as RFC 7946 asks, and gives a polygon for each part.
+    """
     with open_raster(map_file) as dataset:
         # A band, not an array: GDAL reads it line by line.
         for geometry, value in rasterio.features.shapes(rasterio.band(dataset, 1), transform=dataset.transform):
             if int(value) != dataset.nodata:
-                yield rasterio.warp.transform_geom(dataset.crs, _DEGREES, geometry, precision=7), int(value)
+                placed = rasterio.warp.transform_geom(dataset.crs, _DEGREES, geometry, precision=7)
+                parts = placed["coordinates"] if placed["type"] == "MultiPolygon" else [placed["coordinates"]]
+                for part in parts:
+                    for inside in _within_the_world(part):
+                        yield {"type": "Polygon", "coordinates": inside}, int(value)
+
+
+def _within_the_world(rings: Any) -> list[Any]:
+    """Cut the rings of a polygon in degrees at the antimeridian: grids of longitude may run from 0 to 360."""
+    longitudes = [x for x, _ in rings[0]]
+    if max(longitudes) <= 180.0 and min(longitudes) >= -180.0:
+        return [rings]
+    require("shapely", "shapely", "gis", "polygons of a map that crosses the antimeridian")
+    from shapely import affinity, box
+    from shapely.geometry import Polygon, mapping
+
+    found: list[Any] = []
+    for turn in (-360.0, 0.0, 360.0):
+        cut = affinity.translate(Polygon(rings[0], rings[1:]), xoff=turn).intersection(box(-180, -90, 180, 90))
+        found += [mapping(part)["coordinates"] for part in getattr(cut, "geoms", [cut]) if part.area > 0]
+    return found
 
 
 def _write_geojson(map_file: Path, draft: Path) -> None:

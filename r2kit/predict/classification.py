@@ -135,4 +135,4 @@ def bad_files(skipped: Sequence[tuple[str, str]], good: int, written: str) -> st
     where = f"; the other {good} are in {written}" if written else ""
     total = good + len(skipped)
     verb = "could not be read"
-    return f"{len(skipped)} of {total} images {verb}{where}; leave them out with --on-bad-file skip: {reasons}{more}"
+    return f"{len(skipped)} of {total} images {verb}{where}; mend or remove them: {reasons}{more}"

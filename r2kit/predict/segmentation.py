@@ -58,6 +58,8 @@ def predict(
     grey = isinstance(spec, SaliencySpec)
     folder = None if out is None else _folder(Path(out))
     names = mask_names(files)
+    if folder is not None:
+        _refuse_own(files, folder, names)
     classify = PixelClassifier(
         run.model(),
         preprocess,
@@ -120,6 +122,14 @@ def _folder(out: Path) -> Path:
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror or error}; give another --out") from None
     return folder
+
+
+def _refuse_own(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
+    """Raise where a mask would replace one of the images."""
+    written = {(folder / f"{name}{suffix}").resolve() for name in names for suffix in (".png", ".tif")}
+    own = next((file for file in files if file.resolve() in written), None)
+    if own is not None:
+        raise DataError(f"{own}: a mask written into {folder} could replace this image; give another --out")
 
 
 def mask_names(files: Sequence[Path]) -> list[str]:

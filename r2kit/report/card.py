@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from r2kit.catalog import CATALOG
+from r2kit.console import counted, sentence
 from r2kit.evaluate import summary_lines
 from r2kit.page import template
 from r2kit.report.classification import stored_result
@@ -31,8 +32,8 @@ _WHAT = {
     "multilabel": "gives an image any of {n} labels",
     "segmentation": "gives every pixel of an image one of {n} classes",
     "saliency": "says how much every pixel of an image belongs to what stands out",
-    "detection": "finds objects of {n} classes in an image, as boxes",
-    "instance": "finds objects of {n} classes in an image, as boxes and outlines",
+    "detection": "finds objects of {n} {classes} in an image, as boxes",
+    "instance": "finds objects of {n} {classes} in an image, as boxes and outlines",
 }
 _SPLITS = {
     "blocks": "whole spatial blocks are held out, because neighbouring images are alike.",
@@ -67,10 +68,11 @@ def card_of(run: Run, repo: str = REPO) -> str:
     kind = recipe.task.kind
     result = stored_result(run, _KINDS[kind][1])
     source = Path(str(info.get("data", {}).get("source", "unknown"))).name
+    of = "class" if len(preprocess.classes) == 1 else "classes"
     page = template("model_card.md.j2").render(
         front="---\nFRONT\n---",
         name=_line(recipe.name),
-        what=f"{_line(recipe.model.name)} that {_WHAT[kind].format(n=len(preprocess.classes))}.",
+        what=f"{_line(recipe.model.name)} that {_WHAT[kind].format(n=len(preprocess.classes), classes=of)}.",
         info=info,
         use=_use(run),
         source=_line(source),
@@ -80,10 +82,10 @@ def card_of(run: Run, repo: str = REPO) -> str:
         counts=_counts(run),
         split=_SPLITS.get(str(info.get("split")), f"{_line(str(info.get('split', 'not recorded')))}."),
         result=result,
-        measured=f"{result['images']:,} {'test' if result['split'] == 'test' else 'validation'} images",
-        lines=[_line(line) for line in summary_lines(result) if "note: " not in line],
+        measured=counted(result["images"], f"{'test' if result['split'] == 'test' else 'validation'} image"),
+        lines=[sentence(_line(line)) for line in summary_lines(result) if "note: " not in line],
         units=f"whole {result['group_word']}s" if result.get("groups") is not None else "images",
-        limits=[_line(limit) for limit in _limits(run, result)],
+        limits=[sentence(_line(limit)) for limit in _limits(run, result)],
         training=_training(run),
         licence=licence_words(run),
         extra=_KINDS[kind][3],
@@ -188,13 +190,13 @@ def _training(run: Run) -> str:
     start = "other weights"
     if isinstance(recipe.model.pretrained, bool):
         start = "published weights" if recipe.model.pretrained else "random weights"
-    epochs = "1 epoch" if recipe.train.epochs == 1 else f"{recipe.train.epochs} epochs"
     kept = run.info.get("best_epoch")
     chosen = "" if kept is None else f"; the weights of epoch {kept + 1} were kept, chosen on the validation images"
     by: str = recipe.train.optimizer
     if "fastai" in run.info:
         names = dict.fromkeys(str(fit["optimizer"]) for fit in run.info["fastai"]["fits"])
         by = " and ".join([*names, f"fastai {run.info['fastai']['version']}"])
+    epochs = counted(recipe.train.epochs, "epoch")
     return f"From {start}, {epochs} with {by}, augmentation `{recipe.augment.preset}`, seed {recipe.seed}{chosen}."
 
 

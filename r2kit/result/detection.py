@@ -18,6 +18,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from r2kit import metrics
+from r2kit.console import counted
 from r2kit.objects import coco
 
 Result = dict[str, Any]
@@ -231,7 +232,8 @@ def best_score(
 def summary_lines(result: Result) -> list[str]:
     """Say a result in plain sentences, one a line."""
     word = "masks" if result["task"] == "instance" else "boxes"
-    of = f"{result['split']} images: {result['images']}, {result['objects']} objects, {result['found']} found"
+    objects = counted(result["objects"], "object")
+    of = f"{result['split']} images: {result['images']}, {objects}, {result['found']} found"
     lines = [of, f"mean average precision of {word}: {_share(result['map'])}"]
     lines.append(f"  at an overlap of 0.5: {_share(result['map_50'])}; of 0.75: {_share(result['map_75'])}")
     sizes = [

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from typer.testing import CliRunner
 
 from r2kit import cli
@@ -291,3 +292,74 @@ def test_the_tile_is_the_ground_that_reaches_the_network(finished_run):
     assert ground_tile(dataclasses.replace(pre, resize="pad"), (100, 80)) == (160, 80)
     assert ground_tile(dataclasses.replace(pre, resize="tile"), (100, 80)) == (64, 32)
     assert network.AT_ONCE == 8
+
+
+def test_a_folder_of_scenes_has_its_maps_left_out(finished_run, make_scene, tmp_path, capsys):
+    scene = make_scene(64, 96)
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for name in ("a.tif", "b.tif"):
+        (folder / name).write_bytes(scene.read_bytes())
+    for _ in range(2):  # the second time the maps lie there as well
+        maps = predict_maps(finished_run, [folder], folder)
+        assert [path.name for path in maps] == ["a.map.tif", "b.map.tif"]
+
+
+def test_a_map_never_replaces_its_scene(finished_run, make_scene):
+    scene = make_scene(64, 96)
+    before = scene.read_bytes()
+    with pytest.raises(DataError, match="is a scene itself"):
+        predict_maps(finished_run, [scene], scene, MapSettings(overwrite=True))
+    assert scene.read_bytes() == before
+
+
+def test_polygons_may_be_asked_for_after_the_map(finished_run, make_scene, tmp_path):
+    scene, out = make_scene(64, 96), tmp_path / "map.tif"
+    areas = out.with_suffix(".geojson")
+    predict_map(finished_run, scene, out)
+    assert not areas.exists()
+    predict_map(finished_run, scene, out, MapSettings(vector="geojson"))
+    written = areas.read_text()
+    assert json.loads(written)["features"]
+    out.unlink()
+    with pytest.raises(DataError, match="there is no map that it is of"):
+        predict_map(finished_run, scene, out, MapSettings(vector="geojson"))
+    assert areas.read_text() == written
+
+
+def test_settings_of_the_other_kind_of_map_are_refused(finished_run, make_scene, pixel_network, tmp_path):
+    scene, out = make_scene(64, 96), tmp_path / "map.tif"
+    with pytest.raises(DataError, match="--overlap: is for the map of a segmentation"):
+        predict_map(finished_run, scene, out, MapSettings(overlap=0.5))
+    pixel_network((32, 32))
+    with pytest.raises(DataError, match="--cell: is for the grid map"):
+        predict_map(finished_run, scene, out, MapSettings(cell=8))
+    for side in (0, -5, 31):
+        with pytest.raises(DataError, match=f"--tile: got {side}, allowed are 32"):
+            MapSettings(tile=(side, side))
+
+
+@pytest.mark.parametrize(("crs", "corner", "pixel"), [("EPSG:4326", 179.0, 0.03), ("EPSG:32601", 100_000.0, 2000.0)])
+@pytest.mark.parametrize("vector", ["geojson", "gpkg"])
+def test_polygons_are_cut_at_the_antimeridian(
+    finished_run, make_scene, pixel_network, tmp_path, crs, corner, pixel, vector
+):
+    shapely = pytest.importorskip("shapely")
+    pixel_network((64, 64))
+    scene, out = tmp_path / "scene.tif", tmp_path / "map.tif"
+    with open_raster(make_scene(64, 96)) as dataset:
+        pixels = dataset.read()
+    top = 50.0 if crs == "EPSG:4326" else 5_500_000.0
+    write_raster(scene, pixels.transpose(1, 2, 0), crs=crs, transform=Affine(pixel, 0, corner, 0, -pixel, top))
+    predict_map(finished_run, scene, out, MapSettings(vector=vector))
+    if vector == "geojson":
+        features = json.loads(out.with_suffix(".geojson").read_text())["features"]
+        shapes = [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in features]
+    else:
+        raw = pytest.importorskip("pyogrio").raw.read(out.with_suffix(".gpkg"))[2]
+        shapes = list(shapely.from_wkb(raw))
+    bounds = np.array([shape.bounds for shape in shapes])
+    assert all(shape.geom_type == "Polygon" and shape.is_valid for shape in shapes)
+    assert bounds[:, 0].min() == -180.0
+    assert bounds[:, 2].max() == 180.0
+    assert (bounds[:, 2] - bounds[:, 0]).max() < 10.0  # none around the world

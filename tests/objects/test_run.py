@@ -27,6 +27,8 @@ from r2kit.models import build_network
 from r2kit.predict import predict
 from r2kit.recipe_file import load_recipe
 from r2kit.report import write_report
+from r2kit.report.card import card_of
+from r2kit.run import Run
 from r2kit.tasks import DetectionTask
 from tests.objects.toy import make_objects
 
@@ -68,6 +70,21 @@ def test_validation_measured_what_evaluation_measures(detection_run):
     result = evaluate(detection_run, split="val")
     assert result["map"]["value"] == pytest.approx(float(row["val_map"]), abs=1e-6)
     assert result["map_50"]["value"] == pytest.approx(float(row["val_map_50"]), abs=1e-6)
+
+
+def test_one_class_and_one_object_are_not_many(detection_run, tmp_path):
+    run = Run.open(shutil.copytree(detection_run.path, tmp_path / "run"))
+    figures = json.loads(run.metrics_json.read_text())
+    figures |= {"classes": figures["classes"][:1], "objects": 1}
+    assert "1 object, " in summary_lines(figures)[0]
+    prepared = json.loads(run.preprocess_file.read_text())
+    run.preprocess_file.write_text(json.dumps(prepared | {"classes": ["square"]}))
+    card = card_of(Run.open(run.path))
+    assert "finds objects of 1 class in an image" in card
+    assert "- Mean average precision of boxes" in card  # a line of a list begins with a capital
+    page = detection_run.report.read_text()
+    assert "2 classes" in page
+    assert "1 epochs" not in page
 
 
 def test_other_data_with_its_classes_in_another_order(detection_run, tmp_path):
