@@ -37,6 +37,8 @@ from r2kit.run import write_atomic
 Design = Literal["stratified", "simple", "systematic"]
 _DESIGNS = get_args(Design)
 _DEGREES = "EPSG:4326"
+_EQUAL_AREA = "EPSG:6933"
+_DISTORTION = 0.02  # of areas; within a zone UTM has 0.001, Web Mercator has 0.02 already at 8 degrees of latitude
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,9 @@ def _map_counts(path: Path, classes: int) -> tuple[NDArray[np.float64], float, s
         if dataset.crs is None or dataset.crs.is_geographic:
             raise DataError(
                 f"{path}: its pixels are {'degrees' if dataset.crs else 'without a coordinate system'} and have no one "
-                "area; warp the map to an equal-area projection first, e.g. rio warp MAP OUT --dst-crs EPSG:6933"
+                f"area; warp the map to an equal-area projection first, e.g. rio warp MAP OUT --dst-crs {_EQUAL_AREA}"
             )
+        _refuse_distorted(path, dataset)
         factor = float(dataset.crs.linear_units_factor[1])
         t = dataset.transform
         area = abs(t.a * t.e - t.b * t.d) * factor**2 / 10_000.0
@@ -261,6 +264,30 @@ def _map_counts(path: Path, classes: int) -> tuple[NDArray[np.float64], float, s
     if counts.sum() == 0:
         raise DataError(f"{path}: holds no class anywhere")
     return counts, area, "ha"
+
+
+def _refuse_distorted(path: Path, dataset: Any) -> None:
+    """Raise where pixels of one size stand for ground of another, as in Web Mercator."""
+    (height, width), t = dataset.shape, dataset.transform
+    factor = float(dataset.crs.linear_units_factor[1])
+    for row, column in ((0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 0.0), (1.0, 1.0)):
+        # A square of a hundredth of the map's sides, as corners: x and y on the map, then on the ground.
+        columns = 0.99 * column * width + np.array([0.0, 1.0, 1.0, 0.0]) * width / 100
+        rows = 0.99 * row * height + np.array([0.0, 0.0, 1.0, 1.0]) * height / 100
+        xs, ys = t.a * columns + t.b * rows + t.c, t.d * columns + t.e * rows + t.f
+        ground = rasterio.warp.transform(dataset.crs, _EQUAL_AREA, xs, ys)
+        true, drawn = _shoelace(*(np.array(axis) for axis in ground)), _shoelace(xs, ys) * factor**2
+        if math.isfinite(true) and true > 0 and abs(drawn / true - 1.0) > _DISTORTION:
+            raise DataError(
+                f"{path}: {dataset.crs.to_string()[:60]} shows {drawn / true:.2f} times the true area somewhere; warp "
+                f"the map to an equal-area projection first, e.g. rio warp MAP OUT --dst-crs {_EQUAL_AREA}"
+            )
+
+
+def _shoelace(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Area of a polygon by its corners."""
+    x, y = x - x[0], y - y[0]
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2.0)
 
 
 def _reference(path: Path, sample: pd.DataFrame, names: Sequence[str]) -> NDArray[np.int64]:

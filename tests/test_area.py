@@ -176,3 +176,23 @@ def test_degrees_have_no_area(tmp_path, land):
         file.update_tags(CLASS_0="field")
     with pytest.raises(DataError, match="equal-area projection"):
         estimate_areas(tmp_path / "degrees.tif", sample, "simple")
+
+
+@pytest.mark.parametrize(
+    ("crs", "north", "distorted"), [("EPSG:3857", 6_000_000, True), ("EPSG:32633", 5_000_000, False)]
+)
+def test_a_map_whose_pixels_stretch_has_no_area(tmp_path, land, crs, north, distorted):
+    file = tmp_path / "stretched.tif"
+    profile = {"height": 40, "width": 40, "count": 1, "dtype": "uint8", "crs": crs}
+    place = Affine(10, 0, 500_000, 0, -10, north)
+    with keep_raster_open(file, "GTiff", "w", {**profile, "transform": place}) as dataset:
+        dataset.write(np.arange(1600, dtype=np.uint8).reshape(1, 40, 40) % 2)
+        dataset.update_tags(CLASS_0="field", CLASS_1="water")
+    sample = tmp_path / "points.csv"
+    points = [(500_005 + 10 * i, north - 5, "field") for i in range(6)]
+    pd.DataFrame(points, columns=["x", "y", "reference"]).to_csv(sample, index=False)
+    if distorted:
+        with pytest.raises(DataError, match=r"EPSG:3857 shows 2\.\d+ times the true area somewhere; warp the map"):
+            estimate_areas(file, sample, "simple")
+    else:
+        assert estimate_areas(file, sample, "simple").total_area == pytest.approx(16.0)
