@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r2kit.cache import cache_folder
+from r2kit.console import counted
 from r2kit.run import installed_versions
 
 # module -> (extra, what it is for); every extra that some part of r2kit uses
@@ -69,7 +70,7 @@ def _device() -> Iterator[str]:
         yield "GPU: torch was built without CUDA; training runs on the CPU"
     if torch.backends.mps.is_available():
         yield "Apple GPU: present; r2kit trains on the CPU here, MPS was never tested"
-    yield f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield f"CPU: {counted(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _compiler() -> Iterator[str]:

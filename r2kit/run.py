@@ -189,7 +189,8 @@ class Run:
         if not run.path.exists():
             raise RunError(f"{path}: no such run folder{_near_run(run.path)}")
         if not run.exists():
-            raise RunError(f"{path}: not a run folder: it has no {run.recipe_file.name}")
+            lacking = run.info_file if run.recipe_file.is_file() else run.recipe_file
+            raise RunError(f"{path}: not a run folder: it has no {lacking.name}")
         run.refuse_links_out()
         for needed in (run.weights_file, run.preprocess_file):
             if not needed.is_file():

@@ -76,3 +76,11 @@ def test_atomic_write_leaves_no_draft(tmp_path):
     write_atomic(tmp_path / "a.txt", "two")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "two"
+
+
+def test_a_folder_with_a_recipe_alone_is_told_what_it_lacks(finished_run, tmp_path):
+    with pytest.raises(RunError, match=r"it has no recipe\.yaml"):
+        Run.open(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(finished_run.recipe_file.read_bytes())
+    with pytest.raises(RunError, match=r"it has no run\.json"):
+        Run.open(tmp_path)

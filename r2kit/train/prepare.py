@@ -14,7 +14,7 @@ from r2kit.backbones.fast import optimize_with_reason
 from r2kit.backbones.measure import count_macs, count_parameters
 from r2kit.backbones.weights import LoadReport
 from r2kit.benchmark import measure_throughput
-from r2kit.console import quiet_libraries
+from r2kit.console import counted, quiet_libraries
 from r2kit.data.datamodule import DataModule
 from r2kit.data.loader import Loader
 from r2kit.errors import ModelError, RecipeError
@@ -203,7 +203,7 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, str, str]:
             )
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     else:
-        device, name, best = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", "fp32"
+        device, name, best = torch.device("cpu"), f"CPU, {counted(torch.get_num_threads(), 'thread')}", "fp32"
     precision = best if spec.precision == "auto" else spec.precision
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
