@@ -38,7 +38,7 @@ Design = Literal["stratified", "simple", "systematic"]
 _DESIGNS = get_args(Design)
 _DEGREES = "EPSG:4326"
 _EQUAL_AREA = "EPSG:6933"
-_DISTORTION = 0.02  # of areas; within a zone UTM has 0.001, Web Mercator has 0.02 already at 8 degrees of latitude
+_DISTORTION = 0.02  # of areas: UTM within a zone stays far below, Web Mercator passes it in the tropics
 
 
 @dataclass(frozen=True)
