@@ -14,6 +14,11 @@ from r2kit.cli.options import DataArgument, Overrides
 if TYPE_CHECKING:
     from r2kit.recipe import Recipe
 
+RecipeOfData = Annotated[
+    str | None,
+    typer.Option(help="Recipe whose data part says how images are read and divided; default: the defaults."),
+]
+
 data_app = typer.Typer(
     help="Describe, divide and check data before training.",
     no_args_is_help=True,
@@ -26,25 +31,51 @@ data_app = typer.Typer(
 def data_stats(
     data: DataArgument,
     overrides: Overrides = None,
+    recipe: RecipeOfData = None,
+    parts: Annotated[bool, typer.Option("--parts", help="Of train, val and test each, beside all.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the figures, as .csv or .parquet.")] = None,
 ) -> None:
-    """Measure every band over all images: mean, deviation, range, percentiles, share without measurement."""
+    """Measure every band over all images: mean, deviation, range, percentiles, share without measurement.
+
+    For masks, also the pixels of each of their values.
+    """
     import numpy as np
+    import pandas as pd
 
     from r2kit.console import make_console, table
+    from r2kit.data.masks import MaskedImages
     from r2kit.data.sources import open_source
+    from r2kit.data.splits import PARTS, make_split
     from r2kit.data.statistics import describe_bands
     from r2kit.data.table import write_table
 
-    recipe = _recipe_of(data, overrides)
-    source = open_source(recipe.data, recipe.target)
-    found = describe_bands(source, np.arange(len(source.manifest)))
+    described = _recipe_of(data, overrides, recipe)
+    source = open_source(described.data, described.target)
+    rows_of = {"all": np.arange(len(source.manifest))}
+    if parts:
+        split = make_split(source.manifest, source.strata, described.data, described.seed, source.contents)
+        rows_of |= {part: split.rows(part) for part in PARTS if len(split.rows(part))}
+    found = {part: describe_bands(source, rows) for part, rows in rows_of.items()}
+    whole = found["all"]
     if out is not None:
-        write_table(found.reset_index(), out)
-    rows = [[band, *(f"{value:.5g}" for value in row)] for band, row in zip(found.index, found.to_numpy(), strict=True)]
+        frames = [frame.reset_index().assign(part=part) for part, frame in found.items()]
+        write_table(pd.concat(frames) if parts else whole.reset_index(), out)
     console = make_console()
-    console.print(table(f"bands of {found.attrs['images']} images, in raw units", ["band", *found.columns], rows))
-    console.print(f"percentiles: {found.attrs['percentiles']}")
+    rows = [
+        [*([part] if parts else []), band, *(f"{value:.5g}" for value in frame.loc[band])]
+        for band in whole.index
+        for part, frame in found.items()
+    ]
+    head = [*(["part"] if parts else []), "band", *whole.columns]
+    console.print(table(f"bands of {whole.attrs['images']} images, in raw units", head, rows))
+    console.print(f"percentiles: {whole.attrs['percentiles']}")
+    if isinstance(source, MaskedImages):
+        total = sum(source.values.values())
+        values = [
+            [source.meaning.say([value]).removeprefix("value "), str(n), f"{n / total:.4%}"]
+            for value, n in source.values.items()
+        ]
+        console.print(table("values of the masks", ["value", "pixels", "share"], values))
     for path, reason in source.skipped:
         console.print(f"left out: {path}: {reason}")
     if out is not None:
@@ -55,6 +86,7 @@ def data_stats(
 def data_split(
     data: DataArgument,
     overrides: Overrides = None,
+    recipe: RecipeOfData = None,
     by: Annotated[
         str, typer.Option(help="auto, blocks, group or stratified; auto as a recipe with this data would do.")
     ] = "auto",
@@ -66,22 +98,21 @@ def data_split(
     from r2kit.data.splits import PARTS, write_splits
 
     extra = [f"data.split={by}"] + ([] if folds is None else [f"data.folds={folds}"])
-    recipe = _recipe_of(data, [*(overrides or []), *extra])
-    for path, split in write_splits(open_source(recipe.data, recipe.target), recipe.data, recipe.seed, out):
+    divided = _recipe_of(data, [*(overrides or []), *extra], recipe)
+    command = ["r2kit", "finetune", recipe or "RECIPE", *chosen_data(data), *(overrides or [])]
+    for path, split in write_splits(open_source(divided.data, divided.target), divided.data, divided.seed, out):
         counts = ", ".join(f"{len(split.rows(part))} {part}" for part in PARTS)
         typer.echo(f"{path}: {split.described}: {counts}")
         for warning in split.warnings:
             typer.echo(f"  note: {warning}")
-        typer.echo(f"  use it: r2kit finetune RECIPE data.root={data} data.split_file={path}")
+        typer.echo(f"  use it: {shlex.join([*command, f'data.split_file={path}'])}")
 
 
 @data_app.command("check")
 def data_check(
     data: DataArgument,
     overrides: Overrides = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose data part says how images are divided; default: the defaults.")
-    ] = None,
+    recipe: RecipeOfData = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for check.html and manifest.parquet.")] = Path(
         "data-check"
     ),
@@ -91,12 +122,12 @@ def data_check(
 
     checked = _recipe_of(data, overrides, recipe)
     command = shlex.join(["r2kit", "finetune", recipe or "RECIPE", *chosen_data(data), *(overrides or [])])
-    verdict = check_data(checked, out, command, shlex.join([data, *(overrides or [])]))
+    again = [data, *(overrides or []), *([] if recipe is None else ["--recipe", recipe])]
+    verdict = check_data(checked, out, command, shlex.join(again))
     for finding in verdict.findings:
         typer.echo(f"{'untrue' if finding.untrue else 'warning'}: {finding.kind}: {finding.text}")
         typer.echo(f"  mend: {finding.mend}")
-        if finding.change:
-            typer.echo(f"  {finding.change}")
+        typer.echo(f"  {finding.change}")
     typer.echo(f"written: {out / 'check.html'}, {out / 'manifest.parquet'}")
     if verdict.untrue:
         typer.echo("verdict: a result on this data would not be true")

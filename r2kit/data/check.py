@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +14,24 @@ import pandas as pd
 from r2kit.data.boxes.checks import BAD_BOXES
 from r2kit.data.check_page import check_page
 from r2kit.data.files import SEPARATOR, is_flat, labels_of, pixel_hash
-from r2kit.data.findings import CLEAN_FILE, SPLIT_FILE, STATS, TARGET_CHECKS, Finding
-from r2kit.data.leaks import find_leaks, without_leaks
+from r2kit.data.findings import CLEAN_FILE, SPLIT_FILE, STATS_OF_PARTS, TARGET_CHECKS, Finding
+from r2kit.data.leaks import find_leaks
+from r2kit.data.mends import FEW, KINDS_OF_SPLIT, Mender, in_folds, other_split, split_with
 from r2kit.data.perceptual import coefficients, near_copies
 from r2kit.data.preprocess import missing_pixels
 from r2kit.data.sources import Source, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.table import write_table
-from r2kit.errors import DataError, RecipeError
-from r2kit.recipe import Recipe
-from r2kit.recipe_file import load_recipe
+from r2kit.errors import DataError
+from r2kit.recipe import Recipe, SaliencySpec, SegmentationSpec
 
 IMBALANCE = 20.0
 """Largest class over smallest class above which a warning is given."""
 DRIFT = 1.0
 """Difference between the means of two parts, in standard deviations between images, above which a warning is given."""
-FEW = 5
-"""Images of a class in the part that is reported on below which a warning is given."""
 NODATA_DRIFT = 0.2
 """Difference between the shares of pixels without measurement of two parts above which a warning is given."""
+_EMPTY = 0.9  # share of pixels without measurement from which a tile can be left out
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,10 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
 
     Args:
         recipe: Its `data` part and seed say what is read and how it is divided.
-        out: Folder for ``manifest.parquet``, ``check.html``, and, where images should give way, ``split.csv`` and
-            ``clean.csv``; made if need be, files of these names are replaced.
+        out: Folder for ``manifest.parquet``, ``check.html``, and what the commands name, as far as it is needed:
+            ``split.csv`` and ``clean.csv`` without images that should give way, ``kept.csv`` without classes of next to
+            no image, ``grouped.csv`` with what is alike in one group; made if need be, files of these names are
+            replaced.
         command: What trains on this data; the changes that mend a finding are added to it.
         data: What stands for this data, with its overrides, on the command lines of `r2kit data`.
 
@@ -76,31 +75,28 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
         split = make_split(source.manifest, source.strata, recipe.data, recipe.seed, source.contents)
     except DataError as error:
         mend = "change what the message names, add images, or divide the data in another way"
-        change = _other_split(source, recipe, True) or _without_single(source, recipe)
-        findings.append(Finding("split", True, str(error), mend, change=change))
+        findings.append(Finding("split", True, str(error), mend, change=other_split(source, recipe, True)))
     measured, lows = _measure(source)
     if split is not None:
         for name in PARTS:
             manifest.loc[split.rows(name), "part"] = name
         leaks = find_leaks(source, split, measured["pixels"].where(~measured["flat"]).to_numpy(dtype=object))
         if recipe.data.on_leak == "drop":  # training leaves these out by itself
-            leaks = [
-                Finding(leak.kind, False, leak.text, "data.on_leak=drop leaves them out", leak.pairs) for leak in leaks
-            ]
+            words = "data.on_leak=drop leaves them out"
+            leaks = [dataclasses.replace(leak, untrue=False, mend=words) for leak in leaks]
         findings += leaks
-        other = "" if recipe.data.split_file or not split.warnings else _other_split(source, recipe, False)
+        other = other_split(source, recipe, False) if split.warnings else ""
         mend = "nothing, if it is meant so; else divide the data in another way"
         findings += [Finding("split", False, note, mend, change=other) for note in split.warnings]
     for check in TARGET_CHECKS[source.target]:
         findings += check(source, np.flatnonzero(_used(manifest)))
     if recipe.data.boxes.on_bad_box == "mend":
         words = "data.boxes.on_bad_box=mend cuts them or leaves them out"
-        findings = [Finding(f.kind, False, f.text, words, f.pairs) if f.kind == BAD_BOXES else f for f in findings]
-    if recipe.task.kind == "saliency":  # its loss is another, and made for objects of any size
-        findings = [dataclasses.replace(f, change="") if f.change.startswith("task.") else f for f in findings]
+        findings = [dataclasses.replace(f, untrue=False, mend=words) if f.kind == BAD_BOXES else f for f in findings]
+    findings = [dataclasses.replace(f, change=_of_overlap(recipe, f.change)) for f in findings]
     findings += _copies(manifest, measured, lows)
     findings += _balance(manifest, source, recipe)
-    findings += _drift(manifest, measured, source.bands)
+    findings += _drift(manifest, measured, source, recipe)
     findings.sort(key=lambda finding: not finding.untrue)
 
     manifest = pd.concat([manifest, measured], axis=1)
@@ -109,8 +105,9 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_table(manifest, out / "manifest.parquet")
-        files = {"data": data} if split is None else {"data": data, **_write_splits(split, findings, source, out)}
-        findings = [_with_command(finding, command, files) for finding in findings]
+        mender = Mender(source, recipe, split, out, command, data)
+        mender.write_splits(findings)
+        findings = [mender.mended(finding) for finding in findings]
         verdict = Verdict(findings, manifest, source.skipped)
         (out / "check.html").write_text(
             check_page(source, verdict.findings, manifest, source.skipped), encoding="utf-8"
@@ -120,95 +117,20 @@ def check_data(recipe: Recipe, out: Path, command: str = "r2kit finetune RECIPE"
     return Verdict(findings, manifest, source.skipped)
 
 
+def _of_overlap(recipe: Recipe, change: str) -> str:
+    """The change, or, where it is to the loss, one that gives overlap a weight in this task's, if it has none."""
+    if change.startswith("task.loss.") and isinstance(recipe.task, SaliencySpec):
+        return f"task.loss.iou={recipe.task.loss.iou or 1:g}"
+    if change.startswith("task.loss.") and isinstance(recipe.task, SegmentationSpec):
+        return f"task.loss.dice={recipe.task.loss.dice or 1:g}"
+    return change
+
+
 def _class_words(source: Source) -> list[str]:
     """The class of each image, or its labels in one word as a table has them."""
     if source.target != "classes":
         return [source.strata[label] for label in source.manifest["label"]]
     return [SEPARATOR.join(source.classes[i] for i in labels) for labels in source.manifest["labels"]]
-
-
-def _write_splits(split: Split, findings: list[Finding], source: Source, out: Path) -> dict[str, str]:
-    """Write the split without what should give way; return split and clean with their files, as far as needed.
-
-    There is none where a class would be lost.
-    """
-    leaks = ("data.on_leak=drop", SPLIT_FILE)
-    files = {}
-    for name, needed, leaving in (("split", leaks, leaks), ("clean", (CLEAN_FILE,), (*leaks, CLEAN_FILE))):
-        if not any(finding.change in needed for finding in findings):
-            continue
-        giving_way = [finding for finding in findings if finding.change in leaving]
-        with contextlib.suppress(DataError):
-            table = without_leaks(split, giving_way, source.manifest, source.strata).table(source.manifest)
-            write_table(table, out / f"{name}.csv")
-            files[name] = str(out / f"{name}.csv")
-    return files
-
-
-def _other_split(source: Source, recipe: Recipe, possible: bool) -> str:
-    """The first change of the recipe that divides the data without a word; if `possible`, that divides it at all."""
-    now = "" if recipe.data.split_file is None else "data.split_file=null "
-    kinds = [f"{now}data.split={kind}" for kind in ("group", "blocks", "stratified")]
-    folded = [f"{kind} data.folds=5" for kind in kinds]
-    fewer = [f"{change} data.test_fraction=0" for change in kinds] if possible else []
-    for change in (*kinds, "data.test_fraction=0.15", *folded, *fewer):
-        split = _split_with(source, recipe, change)
-        if split is not None and (possible or not split.warnings):
-            return change
-    return ""
-
-
-def _split_with(source: Source, recipe: Recipe, change: str) -> Split | None:
-    """The split with a change of the recipe; None where the recipe or the data does not allow it."""
-    try:
-        other = load_recipe(recipe.model_dump(), change.split())
-        return make_split(source.manifest, source.strata, other.data, other.seed, source.contents)
-    except (DataError, RecipeError):
-        return None
-
-
-def _in_folds(source: Source, recipe: Recipe) -> str:
-    """The change that lets every image be tested once, with the most folds up to five; the next fold if there are."""
-    if recipe.data.folds is not None:
-        return f"data.fold={(recipe.data.fold + 1) % recipe.data.folds}"
-    now = "" if recipe.data.split_file is None else "data.split_file=null "
-    for folds in (5, 4, 3, 2):
-        for kind in ("", "data.split=group ", "data.split=blocks ", "data.split=stratified "):
-            change = f"{now}{kind}data.folds={folds}"
-            if _split_with(source, recipe, change) is not None:
-                return change
-    return ""
-
-
-def _without_single(source: Source, recipe: Recipe) -> str:
-    """The command that takes the one class with a single image out of a folder of classes: hidden folders are none."""
-    counts = source.manifest["label"].value_counts()
-    single = counts.index[counts == 1]
-    if len(single) != 1 or len(counts) < 3 or recipe.data.resolved_source != "folder" or source.target != "class":
-        return ""
-    name = source.classes[int(single[0])]
-    folder = Path(str(recipe.data.root)) / name
-    return shlex.join(["mv", str(folder), str(folder.with_name(f".{name}"))]) if folder.is_dir() else ""
-
-
-def _with_command(finding: Finding, command: str, files: dict[str, str]) -> Finding:
-    """The finding with the whole command that mends it in place of the change of the recipe; none if there is none.
-
-    Args:
-        finding: The finding.
-        command: What trains.
-        files: What stands for ``{data}``, ``{split}`` and ``{clean}``, as far as there is something.
-    """
-    if finding.change.startswith("mv "):
-        return finding
-    if finding.change.startswith("r2kit "):
-        return dataclasses.replace(finding, change=finding.change.format(**files))
-    if finding.change in (SPLIT_FILE, CLEAN_FILE):
-        name = {SPLIT_FILE: "split", CLEAN_FILE: "clean"}[finding.change]
-        items = [finding.change.format(**files)] if name in files else []
-    else:
-        items = shlex.split(finding.change)
-    return dataclasses.replace(finding, change=f"{command} {shlex.join(items)}" if items else "")
 
 
 def _unusable(source: Source, skip: bool) -> list[Finding]:
@@ -218,7 +140,7 @@ def _unusable(source: Source, skip: bool) -> list[Finding]:
     path, reason = source.skipped[0]
     text = f"{len(source.skipped)} image(s) cannot be used, e.g. {path}: {reason}"
     mend = "data.on_bad_file=skip leaves them out" if skip else "mend or remove them, or leave them out"
-    return [Finding("files", not skip, text, mend, change="" if skip else "data.on_bad_file=skip")]
+    return [Finding("files", not skip, text, mend, change="data.on_bad_file=skip")]
 
 
 def _measure(source: Source) -> tuple[pd.DataFrame, list[np.ndarray | None]]:
@@ -316,10 +238,14 @@ def _balance(manifest: pd.DataFrame, source: Source, recipe: Recipe) -> list[Fin
     counts = each["class"].value_counts()
     if counts.iloc[0] > IMBALANCE * counts.iloc[-1]:
         text = f"class '{counts.index[0]}' has {counts.iloc[0]} images, '{counts.index[-1]}' only {counts.iloc[-1]}"
-        mend = "trust balanced accuracy and macro F1, not accuracy; add images, or draw rare classes more often"
-        change = "data.sampler=square_root"  # unless something makes up for it already, or the task does not allow it
-        if recipe.data.sampler != "shuffle" or _split_with(source, recipe, change) is None:
-            change = ""
+        mend = "trust balanced accuracy and macro F1, not accuracy; add images"
+        change = "data.sampler=square_root"
+        if recipe.data.sampler != "shuffle":
+            change = f"data.sampler={recipe.data.sampler}"
+        elif getattr(recipe.task, "class_weights", "none") != "none":  # they exclude a sampler
+            change = f"task.class_weights={getattr(recipe.task, 'class_weights', 'none')}"
+        given = change != "data.sampler=square_root"
+        mend += f"; {change} makes up for it already" if given else ", or draw rare classes more often"
         findings.append(Finding("imbalance", False, text, mend, change=change))
     part = "test" if (manifest["part"] == "test").any() else "val"  # the one that the result is measured on
     held = each[each["part"] == part].groupby("class").size()
@@ -332,16 +258,25 @@ def _balance(manifest: pd.DataFrame, source: Source, recipe: Recipe) -> list[Fin
             text = f"{part} has {few.iloc[0]} image(s), fewer than {FEW}: figures on so few are all but chance"
         rows = each["row"][each["class"].isin(few.index) & (each["part"] == part)].unique()
         mend = "add images, or let every image be tested once, in folds"
-        findings.append(Finding("small classes", False, text, mend, rows[:, None], _in_folds(source, recipe)))
+        findings.append(Finding("small classes", False, text, mend, rows[:, None], in_folds(source, recipe)))
     return findings
 
 
-def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...]) -> list[Finding]:
+def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, source: Source, recipe: Recipe) -> list[Finding]:
     """Bands whose values, or share without measurement, differ between training and a held-out part."""
+    findings = _drifting(manifest["part"].to_numpy(dtype=object), measured, source.bands)
+    if not findings:
+        return []
+    change = _without_drift(manifest, measured, source, recipe)
+    # Without one, the difference is in the images themselves: its figures are where the mending begins.
+    return [dataclasses.replace(found, change=change or found.change) for found in findings]
+
+
+def _drifting(part: np.ndarray, measured: pd.DataFrame, bands: tuple[str, ...]) -> list[Finding]:
+    """The findings for some parts, (N,) names."""
     findings = []
-    part = manifest["part"].to_numpy(dtype=object)
     train = measured[part == "train"]
-    units = "check units and sensors of the files (r2kit data stats), or how they divide (r2kit data split)"
+    units = "check units and sensors of the files, or divide the data anew"
     for name in ("val", "test"):
         held = measured[part == name]
         if len(held) < 10 or len(train) < 10:  # means of fewer images differ by chance
@@ -355,14 +290,35 @@ def _drift(manifest: pd.DataFrame, measured: pd.DataFrame, bands: tuple[str, ...
                 a, b = train[f"{what}_{band}"].mean(), held[f"{what}_{band}"].mean()
                 words = {"mean": "is", "low": "goes down to", "high": "goes up to"}[what]
                 text = f"band '{band}' {words} {b:.4g} on average in {name} and {a:.4g} in train"
-                findings.append(Finding("drift", False, text, units, change=STATS))
+                findings.append(Finding("drift", False, text, units, change=STATS_OF_PARTS))
         gap = held["nodata_share"].mean() - train["nodata_share"].mean()
         if abs(gap) > NODATA_DRIFT:
             text = f"{100 * held['nodata_share'].mean():.0f} % of the pixels in {name} have no measurement, and "
             text += f"{100 * train['nodata_share'].mean():.0f} % in train"
             mend = "leave out empty tiles, or divide the data anew"
-            findings.append(Finding("drift", False, text, mend, change="r2kit data split {data}"))
+            empty = np.flatnonzero(pd.notna(part) & (measured["nodata_share"].to_numpy() > _EMPTY))[:, None]
+            change = CLEAN_FILE if len(empty) else STATS_OF_PARTS
+            findings.append(Finding("drift", False, text, mend, empty, change=change))
     return findings
+
+
+def _without_drift(manifest: pd.DataFrame, measured: pd.DataFrame, source: Source, recipe: Recipe) -> str:
+    """The change that divides the data anew, as honestly as it allows, into parts that are alike; empty without one.
+
+    Only where the parts are a person's own: blocks and groups differ by nature, and a split at random would hide it.
+    """
+    if recipe.data.split_file is None and (recipe.data.split != "auto" or manifest["split"].isna().all()):
+        return ""
+    now = "" if recipe.data.split_file is None else "data.split_file=null "
+    for kind in KINDS_OF_SPLIT:
+        split = split_with(source, recipe, change := f"{now}data.split={kind}")
+        if split is None:
+            continue
+        part = np.full(len(manifest), None, dtype=object)
+        for name in PARTS:
+            part[split.rows(name)] = name
+        return "" if _drifting(part, measured, source.bands) else change
+    return ""
 
 
 def _apart(a: pd.Series, b: pd.Series) -> float:

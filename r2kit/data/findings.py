@@ -5,18 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from r2kit.data.sources import Source, Target
+
+Kind = Literal[
+    "files",
+    "split",
+    "duplicates",
+    "near copies",
+    "groups",
+    "footprints",
+    "flat images",
+    "small classes",
+    "imbalance",
+    "drift",
+    "masks",
+    "classes",
+    "boxes",
+    "boxes twice",
+]
+"""Short name of what can be found."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that a person should know about the data."""
 
-    kind: str
-    """Short name."""
+    kind: Kind
     untrue: bool
     """Whether a result on this data would not be true; otherwise a warning."""
     text: str
@@ -27,7 +45,8 @@ class Finding:
     """(N, M) rows of the manifest to look at, M of them together; of a leak, first the one that should give way."""
     change: str = ""
     """What mends it, as a change of the recipe (key.path=value items as a shell reads them) or as a whole command that
-    begins with `r2kit `, with ``{data}`` for the data; `SPLIT_FILE` or `CLEAN_FILE` where the check writes the file."""
+    begins with `r2kit `, with ``{data}`` for the data; `SPLIT_FILE` or `CLEAN_FILE` where the check writes the file;
+    empty where nothing is known to mend it. A check of data always fills it, see `r2kit.data.mends`."""
 
 
 SPLIT_FILE = "data.split_file={split}"
@@ -36,7 +55,9 @@ CLEAN_FILE = "data.split_file={clean}"
 """Stands for another one, which also leaves out what is only worth a warning: what shows nothing, shows the same again,
 or is of doubtful class."""
 STATS = "r2kit data stats {data}"
-"""Shows the values of every band."""
+"""Shows the values of every band, and of masks."""
+STATS_OF_PARTS = "r2kit data stats {data} --parts"
+"""Shows them for each part."""
 
 TargetCheck = Callable[[Source, np.ndarray], list[Finding]]
 """Reads the targets of rows of the manifest and says what is wrong with them: one finding for each kind of fault, with

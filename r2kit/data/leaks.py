@@ -13,7 +13,7 @@ import pandas as pd
 import rasterio.warp
 from scipy.spatial import cKDTree
 
-from r2kit.data.findings import Finding
+from r2kit.data.findings import Finding, Kind
 from r2kit.data.perceptual import near_copies
 from r2kit.data.sources import Source
 from r2kit.data.splits import PARTS, Split
@@ -48,7 +48,7 @@ def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -
     mend = "leave the images out that give others away: data.on_leak=drop"
     found = []
     groups = manifest["group"].to_numpy(dtype=object)
-    searches: list[tuple[str, str, np.ndarray]] = [("groups", "of the same group", _same(groups, rank))]
+    searches: list[tuple[Kind, str, np.ndarray]] = [("groups", "of the same group", _same(groups, rank))]
     if pixels is None and source.contents is not None:
         pixels = source.contents["pixels"].where(~source.contents["flat"].astype(bool)).to_numpy(dtype=object)
     if pixels is not None:

@@ -222,6 +222,8 @@ class MaskedImages(ImageFiles):
         self._paths = self.manifest["path"].tolist()
         self._masks: list[str] = self.manifest["mask"].tolist()
         found = found.iloc[keep]
+        self.values = _total(found)
+        """Pixels of each value that the masks hold."""
         self.pixels = np.stack([self._count(v, n) for v, n in zip(found["values"], found["counts"], strict=True)])
         content = [f"{a}{b}" for a, b in zip(self.contents["sha256"], found["hash"], strict=True)]
         self.fingerprint = fingerprint_of(zip(self.manifest["id"], self.manifest["label"], content, strict=True))
@@ -333,6 +335,15 @@ def _check_masks(name: str, paths: Sequence[Path], colours: bool, workers: int) 
                 rows[i] = row
         remember(memory, pd.DataFrame(rows))
     return pd.DataFrame(rows)
+
+
+def _total(found: pd.DataFrame) -> dict[int, int]:
+    """Pixels of each value over some masks, ascending."""
+    total: dict[int, int] = {}
+    for values, counts in zip(found["values"], found["counts"], strict=True):
+        for value, count in zip(values, counts, strict=True):
+            total[int(value)] = total.get(int(value), 0) + int(count)
+    return dict(sorted(total.items()))
 
 
 def _check_mask(path: Path, stamp: str, colours: bool) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r2kit.data.boxes.source import BoxedImages
-from r2kit.data.findings import CLEAN_FILE, Finding
+from r2kit.data.findings import CLEAN_FILE, Finding, Kind
 from r2kit.data.sources import Source
 
-BAD_BOXES = "boxes"
+BAD_BOXES: Kind = "boxes"
 """Kind of the finding that `data.boxes.on_bad_box=mend` mends."""
 
 
@@ -47,8 +49,22 @@ def check_boxes(source: Source, rows: NDArray[np.int64]) -> list[Finding]:
     missing = [name for name, objects in zip(boxed.classes, counts, strict=True) if objects == 0]
     if missing:
         text = f"no object of class {', '.join(missing)}"
-        findings.append(Finding("classes", False, text, "leave them out of the class names, or add images"))
+        mend = "leave them out of the class names, or add images"
+        findings.append(Finding("classes", False, text, mend, change=_without(boxed)))
     return findings
+
+
+def _without(boxed: BoxedImages) -> str:
+    """The change of the recipe that leaves out the classes without any object; none where that cannot be.
+
+    Where classes have numbers, those after them would get the wrong ones.
+    """
+    counts = boxed.counts(np.arange(len(boxed.manifest)))
+    last = int(np.flatnonzero(counts)[-1])
+    kept = boxed.classes[: last + 1] if boxed.numbered else [c for c, n in zip(boxed.classes, counts, strict=True) if n]
+    if len(kept) == len(boxed.classes):
+        return ""
+    return shlex.quote(f"data.boxes.classes={json.dumps(list(kept), ensure_ascii=False)}")
 
 
 def _unique(rows: list[int]) -> NDArray[np.int64]:

@@ -126,6 +126,8 @@ class BoxedImages(ImageFiles):
         self.sizes: list[tuple[int, int]] = [(int(size_of[i][0]), int(size_of[i][1])) for i in ids]
         self.boxes: Boxes = settle(listing, self.sizes, on_bad_box)
         self.classes = listing.classes
+        self.numbered = listing.relative
+        """Whether the files name classes by their position, as YOLO's do."""
         self.outlines = outlines
         self.target: Target = "outlines" if outlines else "boxes"
         if not len(self.boxes.corners):
