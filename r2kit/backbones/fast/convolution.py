@@ -2,8 +2,8 @@
 
 A 1x1 convolution is a product of matrices over the rows of channels-last memory, by a kernel where it has few
 channels; above, a strided one copies its rows first. A 3x3 convolution with stride 1 goes forward, and back to its
-input, through Winograd's filtering. The others go through torch's own operator; the gradient of the weights has a
-kernel. On a GPU everything is torch's.
+input and its weights, through Winograd's filtering. Other gradients of the weights have a kernel; the rest goes through
+torch's own operator. On a GPU everything is torch's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import norm_act, product, winograd
+from r2kit.backbones.fast import native, norm_act, product, squares, weight_grad, winograd, winograd_grad
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.tile import FinishArgs, finish
-from r2kit.backbones.fast.weight_grad import NARROWEST, weight_grad
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Conv:
             out_size: Height and width written; a single pixel has too little in common with its neighbours.
         """
         plain = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1) and self.groups == 1
-        return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= winograd.NARROWEST
+        return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= squares.NARROWEST
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output."""
@@ -155,7 +154,7 @@ class Conv:
                 rows(into).addmm_(rows(dy), matrix)
                 return into
             grad = room(x, x.shape[1], size) if out is None else out
-            if dy.shape[1] <= product.WIDEST:
+            if dy.shape[1] <= product.widest():
                 product.convolve(dy, weight, size, (1, 1), finish(rows(grad)), turned=True)
             else:
                 torch.mm(rows(dy), matrix, out=rows(grad))
@@ -172,18 +171,29 @@ class Conv:
 
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of `weight`; arguments as in `input_grad`."""
-        if self.is_product and not x.is_cuda:
+        even = all(a == b for a, b in (self.stride, self.pad, self.dilation))
+        direct = even and self.groups == 1 and x.shape[1] >= squares.NARROWEST and x.dtype == torch.float32
+        if x.is_cuda:
+            grad = self._torch_grad(dy, x, weight, 1)
+        elif self.is_product and not (direct and native.has_wide_vectors()):
             return (rows(dy).t() @ rows(self._met(x))).view(weight.shape)
-        square = all(a == b for a, b in (self.stride, self.pad, self.dilation))
-        if square and self.groups == 1 and x.shape[1] >= NARROWEST and x.dtype == torch.float32 and not x.is_cuda:
-            grad = weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
+        elif self._has_filtered_weights(x, dy):
+            grad = winograd_grad.weight_grad(x, dy, self.pad)
+        elif direct:
+            grad = weight_grad.weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
         else:
             grad = self._torch_grad(dy, x, weight, 1)
         return grad.contiguous() if weight.is_contiguous() else grad
 
+    def _has_filtered_weights(self, x: Tensor, dy: Tensor) -> bool:
+        """Whether Winograd's filtering suits the gradient of the weights."""
+        size = (dy.shape[2], dy.shape[3])
+        suits = self.is_filter(min(x.shape[1], dy.shape[1]), size) and x.dtype in (torch.float32, torch.float64)
+        return suits and len(x) * squares.count(4, size) >= winograd_grad.FEWEST and squares.square_side(size) == 4
+
     def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
         """Whether a kernel goes forward."""
-        suits = (self.is_product and x.shape[1] <= product.WIDEST) or self.is_filter(x.shape[1], out_size)
+        suits = (self.is_product and x.shape[1] <= product.widest()) or self.is_filter(x.shape[1], out_size)
         return suits and x.dtype in (torch.float32, torch.float64) and not x.is_cuda
 
     def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:

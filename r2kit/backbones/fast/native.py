@@ -38,11 +38,7 @@ def load(source: str) -> ctypes.CDLL:
     Raises:
         NativeUnavailableError: If there is no compiler, it fails, or the library cannot be loaded.
     """
-    compiler = os.environ.get("CXX") or next((name for name in ("g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        raise NativeUnavailableError("no C++ compiler found (g++ or clang++)")
-    # The macros hold the compiler's version and what -march=native means on this processor.
-    macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    compiler, macros = _compiler()
     name = hashlib.sha256("\n".join((source, *_FLAGS, macros)).encode()).hexdigest()[:20]
     library = cache_folder() / "kernels" / f"{name}.so"
     if not library.is_file():
@@ -54,9 +50,27 @@ def load(source: str) -> ctypes.CDLL:
         raise NativeUnavailableError(f"the compiled kernels cannot be loaded: {error}") from None
 
 
+def has_wide_vectors() -> bool:
+    """Whether the kernels use vectors of 64 bytes (AVX-512).
+
+    Raises:
+        NativeUnavailableError: If there is no compiler.
+    """
+    return "#define __AVX512F__ " in _compiler()[1]
+
+
 def threads() -> int:
     """Return the number of threads a kernel should use: torch's."""
     return torch.get_num_threads()
+
+
+@functools.cache
+def _compiler() -> tuple[str, str]:
+    """Return a compiler and its macros, which hold its version and what -march=native means on this processor."""
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        raise NativeUnavailableError("no C++ compiler found (g++ or clang++)")
+    return compiler, _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _compile(compiler: str, source: str, library: Path) -> None:

@@ -25,19 +25,24 @@ TILES = (
     + r"""
 #include <algorithm>
 #include <memory>
+#include <utility>
 
-constexpr int64_t MR = 6, NR = 2;  // rows and vectors of a tile
+#if defined(__AVX512F__)
+constexpr int64_t MR = 8, NR = 2;  // rows and vectors of a tile
+#else
+constexpr int64_t MR = 6, NR = 2;
+#endif
 template <class T> constexpr int64_t panel = NR * width<T>;
 
-// y (M rows, one panel) = or += sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
-template <class T, int M> static void tile(const T* const* at, const int64_t* where, int64_t segments, int64_t count,
-                                           const T* b, T* y, int64_t ldy, bool fresh) {
+// y (M rows, N vectors) = or += sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
+template <class T, int M, int N> static void tile(const T* const* at, const int64_t* where, int64_t segments,
+                                                  int64_t count, const T* b, T* y, int64_t ldy, bool fresh) {
   constexpr int64_t L = width<T>;
-  Vec<T> sum[M][NR];
-#pragma GCC unroll 8
+  Vec<T> sum[M][N];
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < NR; j++) {
+    for (int j = 0; j < N; j++) {
       sum[i][j] = Vec<T>{};
       if (!fresh) memcpy(&sum[i][j], y + i * ldy + j * L, BYTES);
     }
@@ -46,25 +51,30 @@ template <class T, int M> static void tile(const T* const* at, const int64_t* wh
     for (int i = 0; i < M; i++) p[i] = at[s * MR + i];
     const T* bs = b + where[s];
     for (int64_t k = 0; k < count; k++) {
-      Vec<T> v[NR];
+      Vec<T> v[N];
 #pragma GCC unroll 2
-      for (int j = 0; j < NR; j++) memcpy(&v[j], bs + (k * NR + j) * L, BYTES);
-#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) memcpy(&v[j], bs + (k * NR + j) * L, BYTES);
+#pragma GCC unroll 16
       for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < NR; j++) sum[i][j] += v[j] * p[i][k];
+        for (int j = 0; j < N; j++) sum[i][j] += v[j] * p[i][k];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < NR; j++) memcpy(y + i * ldy + j * L, &sum[i][j], BYTES);
+    for (int j = 0; j < N; j++) memcpy(y + i * ldy + j * L, &sum[i][j], BYTES);
 }
 template <class T> using Tile = void (*)(const T* const*, const int64_t*, int64_t, int64_t, const T*, T*, int64_t,
                                          bool);
-template <class T> static Tile<T> tile_of(int64_t rows) {
-  static const Tile<T> found[MR] = {tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>};
+template <class T, int N, int... M> static Tile<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
+  static const Tile<T> found[MR] = {tile<T, M + 1, N>...};
   return found[rows - 1];
+}
+// The tile of `rows` rows that ends where `chans` channels end.
+template <class T> static Tile<T> tile_of(int64_t rows, int64_t chans) {
+  using All = std::make_integer_sequence<int, int(MR)>;
+  return chans > width<T> ? pick<T, 2>(rows, All()) : pick<T, 1>(rows, All());
 }
 
 typedef float F4 __attribute__((vector_size(16)));

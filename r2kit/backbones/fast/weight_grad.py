@@ -10,8 +10,8 @@ says which rows meet. Pixels outside the image are simply not in the list: on sm
 work. A thread owns its tiles, so the sums do not depend on the order of threads. x may be some channels of a wider
 tensor, as the splits of a Res2 unit are.
 
-Only for float32, one group and at least `NARROWEST` input channels. Reference: torch's own `convolution_backward`.
-Benchmark: ``python -m r2kit.backbones.fast.weight_grad``.
+Only for float32, one group and at least `squares.NARROWEST` input channels. Reference: torch's own
+`convolution_backward`. Benchmark: ``python -m r2kit.backbones.fast.weight_grad``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from r2kit.backbones.fast import native
+from r2kit.backbones.fast.squares import pixel_step
 
 SOURCE = r"""
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 #include <omp.h>
 
@@ -40,7 +42,12 @@ SOURCE = r"""
 #endif
 typedef float V __attribute__((vector_size(BYTES)));
 constexpr int64_t L = BYTES / sizeof(float);
-constexpr int64_t MR = 6, CHUNK = 192;  // tile of 6 output channels by two vectors: 12 sums, 2 vectors, 1 broadcast
+#if defined(__AVX512F__)
+constexpr int MR = 8;  // output channels of a tile, by two vectors: there are 32 registers
+#else
+constexpr int MR = 6;  // 12 sums, 2 vectors and a single value fill 16
+#endif
+constexpr int64_t CHUNK = 192;
 
 struct Args {
   int64_t batch, height, width, chans, ldx;           // x: rows (batch, height, width) of `chans`
@@ -83,11 +90,13 @@ static void tile(const float* x, const float* dy, const Pair* at, int64_t count,
 }
 using Tile = void (*)(const float*, const float*, const Pair*, int64_t, const int64_t*, const int64_t*, float*,
                       int64_t);
-static const Tile TILES[MR + 1][3] = {
-  {0, 0, 0}, {0, tile<1, 1>, tile<1, 2>}, {0, tile<2, 1>, tile<2, 2>}, {0, tile<3, 1>, tile<3, 2>},
-  {0, tile<4, 1>, tile<4, 2>}, {0, tile<5, 1>, tile<5, 2>}, {0, tile<6, 1>, tile<6, 2>}};
+template <int N, int... M> static Tile pick(int64_t rows, std::integer_sequence<int, M...>) {
+  static const Tile found[MR] = {tile<M + 1, N>...};
+  return found[rows - 1];
+}
 
 extern "C" void weight_grad(const Args* args) {
+  using All = std::make_integer_sequence<int, MR>;
   const Args& a = *args;
   const int64_t taps = a.kernel_h * a.kernel_w, pixels = a.out_height * a.out_width;
   const int64_t group = pixels >= CHUNK ? 1 : (CHUNK + pixels - 1) / pixels;
@@ -131,15 +140,15 @@ extern "C" void weight_grad(const Args* args) {
           const int64_t count = start + CHUNK < end ? CHUNK : end - start;
           const int64_t c = a.out_chans * part / parts, m = a.out_chans * (part + 1) / parts - c;
           for (int64_t v = 0; v < vectors; v += 2)
-            TILES[m][v + 1 < vectors ? 2 : 1](x, dy + c, pairs[tap].data() + start, count, &where[v], &skip[v],
-                                              a.dw + (c * taps + tap) * a.chans, taps * a.chans);
+            (v + 1 < vectors ? pick<2>(m, All()) : pick<1>(m, All()))(x, dy + c, pairs[tap].data() + start, count,
+                                                                     &where[v], &skip[v],
+                                                                     a.dw + (c * taps + tap) * a.chans,
+                                                                     taps * a.chans);
         }
     }
   }
 }
 """
-
-NARROWEST = 16  # lanes of the widest vector
 
 
 class _Args(ctypes.Structure):
@@ -166,18 +175,13 @@ def weight_grad(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad
     """
     dw = torch.empty((dy.shape[1], x.shape[1], *kernel), memory_format=torch.channels_last)
     args = _Args(
-        *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], _row_stride(x)),
-        *(dy.shape[2], dy.shape[3], dy.shape[1], _row_stride(dy)),
+        *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], pixel_step(x)),
+        *(dy.shape[2], dy.shape[3], dy.shape[1], pixel_step(dy)),
         *(*kernel, stride, pad, dilation, native.threads()),
         *(x.data_ptr(), dy.data_ptr(), dw.data_ptr()),
     )
     native.load(SOURCE).weight_grad(ctypes.byref(args))
     return dw
-
-
-def _row_stride(x: Tensor) -> int:
-    """Return how far apart two pixels are in memory."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2).stride(0)
 
 
 def plain(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad: int, dilation: int) -> Tensor:

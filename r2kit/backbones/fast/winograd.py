@@ -1,22 +1,12 @@
 """Kernel: a 3x3 convolution with stride 1 by Winograd's minimal filtering, over channels-last rows.
 
-Four outputs (a square of 2 x 2) need a 4 x 4 square d of the input and, done directly, 36 products for each pair of an
-input and an output channel. With
-
-    B^T = 1  0 -1  0     G =  1    0    0      A^T = 1  1  1  0
-          0  1  1  0         1/2  1/2  1/2           0  1 -1 -1
-          0 -1  1  0         1/2 -1/2  1/2
-          0  1  0 -1          0    0    1
-
-the same four are A^T ((G g G^T) * (B^T d B)) A, with * element by element: 16 products in place of 36, and for the rest
-additions, which grow with the channels and not with their square. Summed over input channels the products are 16 matrix
-products, one for each place of the 4 x 4 square. The constants are halves and ones, so that rounding stays near that of
-the direct sum; in exact arithmetic the two are equal.
+The derivation is in `squares`: outputs in squares of 2 x 2 or 4 x 4, with 16 or 36 products for each pair of channels
+in place of 36 or 144.
 
 The gradient of the input is the same convolution with the kernel turned by 180 degrees and its channels exchanged.
 
-Only for one group, stride and dilation 1, and at least a vector of channels. Source: Lavin and Gray 2015,
-arXiv:1509.09308, sec. 4.1. Reference: torch's `conv2d`. Benchmark: ``python -m r2kit.backbones.fast.winograd``.
+Only for one group, stride and dilation 1, and at least a vector of channels. Reference: torch's `conv2d`. Benchmark:
+``python -m r2kit.backbones.fast.winograd``.
 """
 
 from __future__ import annotations
@@ -29,161 +19,126 @@ import torch
 from torch import Tensor
 
 from r2kit.backbones.fast import native
-from r2kit.backbones.fast.tile import TILES, FinishArgs, finish
+from r2kit.backbones.fast.squares import SQUARES, Images, square_side
+from r2kit.backbones.fast.tile import FinishArgs, finish
 
 SOURCE = (
-    TILES
+    SQUARES
     + r"""
 struct Args {
-  int64_t batch, height, width, chans, ldx;     // x: rows (batch, height, width) of `chans`
-  int64_t out_height, out_width, out_chans;
-  int64_t pad_h, pad_w, w_h, w_w, w_c, w_k;     // weight of tap (i, j) from c to k: w[i w_h + j w_w + c w_c + k w_k]
-  int64_t threads;
-  const void *x, *w;
+  Images in;
+  int64_t out_chans, w_h, w_w, w_c, w_k;        // weight of tap (i, j) from c to k: w[i w_h + j w_w + c w_c + k w_k]
+  int64_t threads, side;                        // side: M, 2 or 4
+  const void* w;
   Finish finish;
 };
 constexpr int64_t ROOM = 48 * 1024;  // values that the transformed squares of a block may take, in and out
+constexpr int64_t FEW = 64;          // squares; up to these many the kernel is what takes the room
 
-// Pack the transformed kernel of input channels c .. c + 3 and output channels k .. k + 3 into panels, u[place][panel].
-template <class T> static void transform_kernel(const Args& a, int64_t c, int64_t k, T* u, int64_t panels) {
+// Pack the transformed kernel of channels c .. c + 3 to k .. k + 3: u + place * step is a panel's row of channel c.
+template <class T, int M> static void transform_kernel(const Args& a, int64_t c, int64_t k, T* u, int64_t step) {
   using F = typename Four<T>::V;
+  constexpr int N = M + 2;
   F g[3][3][4];
-  const int64_t count = std::min<int64_t>(4, a.chans - c), wide = std::min<int64_t>(4, a.out_chans - k);
+  const int64_t count = std::min<int64_t>(4, a.in.chans - c), wide = std::min<int64_t>(4, a.out_chans - k);
   const T* w = (const T*)a.w + c * a.w_c + k * a.w_k;
   for (int i = 0; i < 3; i++)
     for (int j = 0; j < 3; j++) fetch<T>(w + i * a.w_h + j * a.w_w, a.w_c, a.w_k, count, wide, g[i][j]);
   for (int64_t l = 0; l < count; l++) {
-    F t[4][3];
-    for (int j = 0; j < 3; j++) {
-      F g0 = g[0][j][l], g1 = g[1][j][l], g2 = g[2][j][l];
-      t[0][j] = g0;
-      t[1][j] = (g0 + g1 + g2) * T(0.5);
-      t[2][j] = (g0 - g1 + g2) * T(0.5);
-      t[3][j] = g2;
-    }
-    for (int i = 0; i < 4; i++) {
-      F s[4] = {t[i][0], (t[i][0] + t[i][1] + t[i][2]) * T(0.5), (t[i][0] - t[i][1] + t[i][2]) * T(0.5), t[i][2]};
-      for (int j = 0; j < 4; j++) {
-        T* to = u + (((i * 4 + j) * panels + k / panel<T>) * a.chans + c + l) * panel<T> + k % panel<T>;
-        memcpy(to, &s[j], sizeof(F));
-      }
+    F t[3][N], s[N];
+    for (int j = 0; j < 3; j++) Line<M>::template kernel<T>(g[0][j][l], g[1][j][l], g[2][j][l], t[j]);
+#pragma GCC unroll 6
+    for (int i = 0; i < N; i++) {
+      Line<M>::template kernel<T>(t[0][i], t[1][i], t[2][i], s);
+      for (int j = 0; j < N; j++) memcpy(u + (i * N + j) * step + l * panel<T>, &s[j], sizeof(F));
     }
   }
 }
 
-// v[place * step + c] of one square; `from` are its 16 pixels.
-template <class T> static void transform_input(const T* const* from, int64_t chans, T* v, int64_t step) {
-  using V = Vec<T>;
-  const int64_t L = width<T>;
-  for (int64_t at = 0; at < chans; at += L) {
-    const int64_t c = std::min(at, chans - L);  // the last vector reaches back
-    V d[4][4], t[4][4];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) memcpy(&d[i / 4][i % 4], from[i] + c, BYTES);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      t[0][j] = d[0][j] - d[2][j];
-      t[1][j] = d[1][j] + d[2][j];
-      t[2][j] = d[2][j] - d[1][j];
-      t[3][j] = d[1][j] - d[3][j];
+// m[place * step_m + s * ldm] = one panel of the products of `count` squares with a panel of the kernel.
+template <class T> static void multiply(int64_t places, int64_t count, int64_t chans, const T* v, int64_t step_v,
+                                        const T* u, int64_t step_u, T* m, int64_t step_m, int64_t ldm,
+                                        int64_t out_chans) {
+  const int64_t start = 0;
+  for (int64_t place = 0; place < places; place++)
+    for (int64_t s = 0; s < count; s += MR) {
+      const int64_t rows = std::min(MR, count - s);
+      const T* at[MR];
+      for (int64_t i = 0; i < rows; i++) at[i] = v + place * step_v + (s + i) * chans;
+      tile_of<T>(rows, out_chans)(at, &start, 1, chans, u + place * step_u, m + place * step_m + s * ldm, ldm, true);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      V s[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1], t[i][1] - t[i][3]};
-      for (int j = 0; j < 4; j++) memcpy(v + (i * 4 + j) * step + c, &s[j], BYTES);
+}
+
+// Many squares: each thread takes blocks of them through all panels of a kernel that is transformed once.
+template <class T, int M> static void by_squares(const Args& a, const Squares<T, M>& squares, const Ready<T>& ready) {
+  constexpr int64_t W = panel<T>, PLACES = (M + 2) * (M + 2);
+  const int64_t panels = (a.out_chans + W - 1) / W, wide = panels * W;
+  const int64_t fits = ROOM / (PLACES * (a.in.chans + wide)) / MR * MR, block = std::max<int64_t>(2 * MR, fits);
+  const int64_t step_u = apart<T>(panels * a.in.chans * W), step_v = apart<T>(block * a.in.chans);
+  const int64_t step_m = apart<T>(block * wide);
+  T* u = kept<T, 0>(PLACES * step_u);
+#pragma omp parallel num_threads(a.threads)
+  {
+    const int64_t n = omp_get_num_threads(), t = omp_get_thread_num(), quads = wide / 4;
+    for (int64_t k = quads * t / n * 4; k < quads * (t + 1) / n * 4; k += 4)
+      for (int64_t c = 0; c < a.in.chans; c += 4)
+        transform_kernel<T, M>(a, c, k, u + (k / W * a.in.chans + c) * W + k % W, step_u);
+    T *v = kept<T, 1>(PLACES * step_v), *m = kept<T, 2>(PLACES * step_m), *out = kept<T, 3>(M * M * wide);
+#pragma omp barrier
+    for (int64_t s0 = squares.count * t / n, end = squares.count * (t + 1) / n; s0 < end; s0 += block) {
+      const int64_t count = std::min(block, end - s0);
+      for (int64_t s = 0; s < count; s++) squares.read(s0 + s, v + s * a.in.chans, step_v);
+      for (int64_t p = 0; p < panels; p++)
+        multiply<T>(PLACES, count, a.in.chans, v, step_v, u + p * a.in.chans * W, step_u, m + p * W, step_m, wide,
+                    a.out_chans - p * W);
+      for (int64_t s = 0; s < count; s++)
+        squares.write(s0 + s, m + s * wide, step_m, 0, a.out_chans, ready, out);
     }
   }
 }
 
-// out[pixel][k] of the 2 x 2 pixels of one square, `chans` a whole number of vectors.
-template <class T> static void transform_output(const T* m, int64_t step, int64_t chans, T* out) {
-  using V = Vec<T>;
-  for (int64_t k = 0; k < chans; k += width<T>) {
-    V d[4][4], t[2][4];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) memcpy(&d[i / 4][i % 4], m + i * step + k, BYTES);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      t[0][j] = d[0][j] + d[1][j] + d[2][j];
-      t[1][j] = d[1][j] - d[2][j] - d[3][j];
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      V s[2] = {t[i][0] + t[i][1] + t[i][2], t[i][1] - t[i][2] - t[i][3]};
-      for (int j = 0; j < 2; j++) memcpy(out + (i * 2 + j) * chans + k, &s[j], BYTES);
-    }
-  }
-}
-
-// Distance of two places: an odd number of the cache's lines, so that one square's sixteen do not fall on each other.
-template <class T> static int64_t apart(int64_t count) {
-  const int64_t line = 64 / sizeof(T);
-  return ((count + line - 1) / line | 1) * line;
-}
-
-template <class T> static void run(const Args& a) {
-  const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, wide = panels * W;
-  const int64_t tall = (a.out_height + 1) / 2, across = (a.out_width + 1) / 2, squares = a.batch * tall * across;
-  const int64_t fits = ROOM / (16 * (a.chans + wide)) / MR * MR, block = std::max<int64_t>(2 * MR, fits);
-  const Ready<T> ready(a.finish, a.out_chans);
-  const int64_t step_v = apart<T>(block * a.chans), step_m = apart<T>(block * wide);
-  std::vector<T> zeros(a.chans, T(0));
-  T* u = kept<T, 0>(16 * panels * a.chans * W);
+// Few squares and a large kernel: each thread takes panels of it through all squares, which are transformed once.
+template <class T, int M> static void by_panels(const Args& a, const Squares<T, M>& squares, const Ready<T>& ready) {
+  constexpr int64_t W = panel<T>, PLACES = (M + 2) * (M + 2);
+  const int64_t panels = (a.out_chans + W - 1) / W, step_v = apart<T>(squares.count * a.in.chans);
+  const int64_t step_u = apart<T>(a.in.chans * W), step_m = apart<T>(squares.count * W);
+  T* v = kept<T, 1>(PLACES * step_v);
 #pragma omp parallel num_threads(a.threads)
   {
     const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
-    const int64_t quads = wide / 4;
-    for (int64_t q = quads * t / n; q < quads * (t + 1) / n; q++)
-      for (int64_t c = 0; c < a.chans; c += 4) transform_kernel<T>(a, c, q * 4, u, panels);
-    T *v = kept<T, 1>(16 * step_v), *m = kept<T, 2>(16 * step_m), *out = kept<T, 3>(4 * wide);
+    T *u = kept<T, 0>(PLACES * step_u), *m = kept<T, 2>(PLACES * step_m), *out = kept<T, 3>(M * M * W);
+    for (int64_t s = squares.count * t / n; s < squares.count * (t + 1) / n; s++)
+      squares.read(s, v + s * a.in.chans, step_v);
 #pragma omp barrier
-    for (int64_t s0 = squares * t / n, end = squares * (t + 1) / n; s0 < end; s0 += block) {
-      const int64_t count = std::min(block, end - s0);
-      for (int64_t s = 0; s < count; s++) {
-        const int64_t image = (s0 + s) / (tall * across), h = (s0 + s) / across % tall * 2, w = (s0 + s) % across * 2;
-        const T* from[16];
-        for (int i = 0; i < 16; i++) {
-          const int64_t y = h + i / 4 - a.pad_h, x = w + i % 4 - a.pad_w;
-          const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
-          from[i] = inside ? (const T*)a.x + ((image * a.height + y) * a.width + x) * a.ldx : zeros.data();
-        }
-        transform_input<T>(from, a.chans, v + s * a.chans, step_v);
-      }
-      for (int64_t place = 0; place < 16; place++)
-        for (int64_t p = 0; p < panels; p++)
-          for (int64_t s = 0; s < count; s += MR) {
-            const int64_t rows = std::min(MR, count - s), start = 0;
-            const T* at[MR];
-            for (int64_t i = 0; i < rows; i++) at[i] = v + place * step_v + (s + i) * a.chans;
-            tile_of<T>(rows)(at, &start, 1, a.chans, u + (place * panels + p) * a.chans * W,
-                             m + place * step_m + s * wide + p * W, wide, true);
-          }
-      for (int64_t s = 0; s < count; s++) {
-        const int64_t image = (s0 + s) / (tall * across), h = (s0 + s) / across % tall * 2, w = (s0 + s) % across * 2;
-        transform_output<T>(m + s * wide, step_m, wide, out);
-        for (int64_t i = 0; i < 4; i++)
-          if (h + i / 2 < a.out_height && w + i % 2 < a.out_width)
-            ready.write(out + i * wide, (image * a.out_height + h + i / 2) * a.out_width + w + i % 2, 0, a.out_chans);
-      }
+    for (int64_t p = panels * t / n; p < panels * (t + 1) / n; p++) {
+      const int64_t chans = std::min(W, a.out_chans - p * W);
+      for (int64_t k = 0; k < W; k += 4)
+        for (int64_t c = 0; c < a.in.chans; c += 4) transform_kernel<T, M>(a, c, p * W + k, u + c * W + k, step_u);
+      multiply<T>(PLACES, squares.count, a.in.chans, v, step_v, u, step_u, m, step_m, W, chans);
+      for (int64_t s = 0; s < squares.count; s++)
+        squares.write(s, m + s * W, step_m, p * W, chans, ready, out);
     }
   }
 }
-extern "C" void winograd_float(const Args* a) { run<float>(*a); }
-extern "C" void winograd_double(const Args* a) { run<double>(*a); }
+
+template <class T, int M> static void run(const Args& a) {
+  const Squares<T, M> squares(a.in);
+  const Ready<T> ready(a.finish, a.out_chans);
+  const bool few = squares.count <= FEW && a.out_chans >= 3 * a.threads * panel<T>;
+  (few ? by_panels<T, M> : by_squares<T, M>)(a, squares, ready);
+}
+extern "C" void winograd_float(const Args* a) { (a->side == 4 ? run<float, 4> : run<float, 2>)(*a); }
+extern "C" void winograd_double(const Args* a) { (a->side == 4 ? run<double, 4> : run<double, 2>)(*a); }
 """
 )
-
-NARROWEST = 16  # lanes of the widest vector
 
 
 class _Args(ctypes.Structure):
     """The struct of the same name in the source."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "chans", "ldx")),
-        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_chans", "pad_h", "pad_w")),
-        *((name, ctypes.c_int64) for name in ("w_h", "w_w", "w_c", "w_k", "threads")),
-        ("x", ctypes.c_void_p),
+        ("in", Images),
+        *((name, ctypes.c_int64) for name in ("out_chans", "w_h", "w_w", "w_c", "w_k", "threads", "side")),
         ("w", ctypes.c_void_p),
         ("finish", FinishArgs),
     )
@@ -201,7 +156,7 @@ def convolve(
     """Do what `end` says with the sums of a 3x3 convolution.
 
     Args:
-        x: (B, C, H, W), channels-last; may be some channels of a wider tensor. At least `NARROWEST` channels.
+        x: (B, C, H, W), channels-last; may be some channels of a wider tensor. At least `squares.NARROWEST` channels.
         weight: (K, C, 3, 3); with `turned` (C, K, 3, 3).
         out_size: Height and width of the output.
         pad: Zeros above and left of the image; below and right there are as many as the output needs.
@@ -215,10 +170,8 @@ def convolve(
         w_k, w_c, chans_out = w_c, w_k, weight.shape[1]
         start += 2 * (w_h + w_w) * weight.element_size()
         w_h, w_w = -w_h, -w_w
-    args = _Args(
-        *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], x.permute(0, 2, 3, 1).flatten(0, 2).stride(0)),
-        *(*out_size, chans_out, *pad, w_h, w_w, w_c, w_k, native.threads(), x.data_ptr(), start, end),
-    )
+    images = Images.of(x, out_size, pad)
+    args = _Args(images, chans_out, w_h, w_w, w_c, w_k, native.threads(), square_side(out_size), start, end)
     library = native.load(SOURCE)
     (library.winograd_float if x.dtype == torch.float32 else library.winograd_double)(ctypes.byref(args))
 
