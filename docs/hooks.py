@@ -153,9 +153,9 @@ def _row(*cells: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is safe in a cell; code stays code."""
+    """Text that is safe in a cell, whose signs are no Markdown; code stays code."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(
-        part.replace("|", "\\|") if part.startswith("`") else part.replace("|", "\\|").replace("<", "&lt;")
+        part.replace("|", "\\|") if part.startswith("`") else re.sub(r"([*_|])", r"\\\1", part).replace("<", "&lt;")
         for part in parts
     )

@@ -132,6 +132,9 @@ def test_models_lists_the_family(capsys):
     assert "res2netplus50" in out
     assert "25.75" in out
     assert "scalenet50" not in out
+    code, _, err = run(capsys, "models", "res2netplus5O")
+    assert code == 2
+    assert "no network of the family matches 'res2netplus5O'; did you mean 'res2netplus50'?" in err
 
 
 def test_doctor_names_versions_and_device(capsys):

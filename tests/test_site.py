@@ -86,6 +86,7 @@ def test_every_key_command_network_and_recipe_has_its_place(hooks):
 
 
 def test_cells_stay_cells(hooks):
+    assert hooks._row("'*plus*' of res2net50_26w_4s") == "| '\\*plus\\*' of res2net50\\_26w\\_4s |"
     assert hooks._row("a | b <c>", "`x|y <z>`", "two\nlines") == "| a \\| b &lt;c> | `x\\|y <z>` | two lines |"
 
 
@@ -105,7 +106,7 @@ def test_headers_of_recipes_say_what_they_must():
     for name, path in packaged_recipes().items():
         text = path.read_text(encoding="utf-8")
         head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-        for word in ("Command", "Data layout", "Device", "Result"):
+        for word in ("Command", "Data layout", "Device", "Time", "Result"):
             assert f"# {word}" in text, f"{name}: {word}"
         assert re.search(r"seed \d|seeds \d|not measured", head), f"{name}: a seed, or not measured"
         assert YAML(typ="safe", pure=True).load(text), name

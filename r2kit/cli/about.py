@@ -8,13 +8,21 @@ import typer
 
 
 def models(
-    pattern: Annotated[str | None, typer.Argument(help="Names to show, e.g. '*plus*' or 'scalenet'.")] = None,
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="PATTERN", help="Names to show, e.g. '*plus*' or 'scalenet'.")
+    ] = None,
 ) -> None:
     """List the family: parameters, GMACs, published top-1, weights and their licence."""
-    from r2kit.catalog import family
+    from r2kit.catalog import CATALOG, family
     from r2kit.console import make_console, table
+    from r2kit.errors import ModelError, did_you_mean
 
     entries = family(pattern)
+    if pattern is not None and not entries:
+        raise ModelError(
+            f"no network of the family matches '{pattern}'{did_you_mean(pattern, [entry.name for entry in CATALOG])}; "
+            "r2kit models alone lists all; a recipe takes timm's other names, too"
+        )
     rows = [
         [
             entry.name,

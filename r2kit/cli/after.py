@@ -46,7 +46,7 @@ def evaluate(
 
 def predict(
     run: RunArgument,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files, folders; rasters for a map.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATHS", help="Image files, folders; rasters for a map.")],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="Table to write (CSV and more), or MAP.tif, or a folder of maps or of masks."),
@@ -192,7 +192,7 @@ def push(
 def explain(
     run: RunArgument,
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGES]...", help="Files, folders; default: some held-out images.")
+        list[Path] | None, typer.Argument(metavar="IMAGES", help="Files, folders; default: some held-out images.")
     ] = None,
     method: Annotated[
         str | None,

@@ -137,7 +137,7 @@ def data_check(
 
 @data_app.command("noise")
 def data_noise(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs: the k folds of one recipe.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Finished runs: the k folds of one recipe.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for noise.html and noise.csv.")] = Path("data-noise"),
 ) -> None:
     """Rank labels that are likely wrong, by the predictions of test images that the runs did not learn."""

@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes, e.g. train.epochs=3.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Changes, e.g. train.epochs=3.")]
 DataArgument = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder, a CSV or Parquet table, torchvision:NAME, or bluemarble.")
 ]

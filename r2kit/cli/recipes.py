@@ -47,7 +47,7 @@ def recipe_schema() -> None:
 
 @recipe_app.command("new")
 def recipe_new(
-    file: Annotated[Path | None, typer.Argument(help="File to write; printed when left out.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="File to write; printed when left out.")] = None,
     task: Annotated[str, typer.Option(help="The kind of task, e.g. segmentation.")] = "classification",
 ) -> None:
     """Write a commented starting point with every key and its default."""
@@ -58,8 +58,8 @@ def recipe_new(
 
 @recipe_app.command("copy")
 def recipe_copy(
-    name: Annotated[str, typer.Argument(help="Name of a packaged recipe, e.g. satellite.")],
-    file: Annotated[Path | None, typer.Argument(help="File to write; default ./NAME.yaml.")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a packaged recipe, e.g. satellite.")],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="File to write; default ./NAME.yaml.")] = None,
 ) -> None:
     """Write a packaged recipe into the current folder."""
     from r2kit.errors import did_you_mean

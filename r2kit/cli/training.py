@@ -110,9 +110,7 @@ def allocate(
 def compare(
     given: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[RUN]...", help="Finished runs, the base first; with --recipe, KEY.PATH=VALUE changes."
-        ),
+        typer.Argument(metavar="RUN", help="Finished runs, the base first; with --recipe, KEY.PATH=VALUE changes."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Train --models by this recipe, then compare them.")] = None,
     models: Annotated[str | None, typer.Option(help="Names, separated by commas; the first is the base.")] = None,
