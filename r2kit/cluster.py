@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ from rich.console import Console
 
 from r2kit.console import make_console
 from r2kit.data.reader import find_images
-from r2kit.errors import DataError, R2kitError, RunError, require
+from r2kit.errors import DataError, R2kitError, require
+from r2kit.finder import refuse_tta
 from r2kit.maps import MapSettings, map_files, predict_map, whole_scenes
 from r2kit.predict import predict
 from r2kit.predict.classification import bad_files, write_table
+from r2kit.predict.detection import SUFFIXES, find_objects, write_objects
+from r2kit.predict.segmentation import mask_folder, mask_names, predict_masks, refuse_own, write_tables
 from r2kit.run import Run
+from r2kit.write_boxes import with_paths
 
 _BATCHES = 4  # in a piece
 _TRIES = 3
+_MASKS = ("segmentation", "saliency")
+_BOXES = ("detection", "instance")
 
 Outcome = tuple[int, str]
 """Number of a piece, and why it failed; an empty text where it did not."""
@@ -44,32 +51,55 @@ class Piece:
         number: Its place among all.
         inputs: Files to read.
         output: File to write; it exists when the piece is done, whole or not at all.
+        names: Of the masks of the inputs; empty where none are written.
     """
 
     number: int
     inputs: tuple[str, ...]
     output: str
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Table:
-    """Work on a piece of images: the table that `r2kit predict` would give."""
+class Images:
+    """Work on a piece of images: the table that `r2kit predict` would give, and the masks.
+
+    Attributes:
+        run: Its folder.
+        kind: Of its task.
+        batch_size: Images at once.
+        device: See `inference.choose_device`.
+        tta: Average over the eight orientations.
+        masks: Folder of the masks; None where none are written.
+    """
 
     run: str
+    kind: str
     batch_size: int
     device: str
     tta: bool
+    masks: str | None
 
     def __call__(self, piece: Piece) -> None:
         """Write the table of a piece, with the images that could not be read."""
-        found = predict(
-            Run.open(self.run),
-            piece.inputs,
-            batch_size=self.batch_size,
-            device=self.device,
-            tta=self.tta,
-            on_bad_file="skip",
-        )
+        run, files = Run.open(self.run), [Path(name) for name in piece.inputs]
+        if self.masks is not None:
+            found = predict_masks(
+                run,
+                files,
+                piece.names,
+                Path(self.masks),
+                batch_size=self.batch_size,
+                workers=0,
+                device=self.device,
+                tta=self.tta,
+            )
+        elif self.kind in _BOXES:
+            found = find_objects(run, files, batch_size=self.batch_size, workers=0, device=self.device)
+        else:
+            found = predict(
+                run, files, batch_size=self.batch_size, device=self.device, tta=self.tta, on_bad_file="skip"
+            )
         skipped: dict[Any, Any] = {"r2kit.skipped": found.attrs["skipped"]}
         draft = Path(f"{piece.output}.{os.getpid()}.part")
         found.attrs = skipped  # pandas keeps it inside the Parquet file
@@ -99,12 +129,12 @@ def predict_table(
     tta: bool = False,
     console: Console | None = None,
 ) -> pd.DataFrame:
-    """Predict the classes of image files on a Ray cluster; files and table are those of `r2kit.predict.predict`.
+    """Predict image files on a Ray cluster; files and table are those of `r2kit.predict.predict`.
 
     Args:
-        run: A finished run of a classification, of one label or several.
+        run: A finished run.
         paths: Image files and folders.
-        out: ``NAME`` gives NAME.csv and NAME.parquet.
+        out: As for `r2kit.predict.predict`: the name of the tables, or the folder of the masks.
         batch_size: Images at once.
         device: See `inference.choose_device`.
         tta: Average over the eight orientations of each image.
@@ -112,23 +142,27 @@ def predict_table(
 
     Raises:
         MissingExtraError: If Ray is not installed.
-        RunError: If the run is of another task.
+        RunError: If `tta` is asked of a detector.
         DataError: If there is no image, a piece failed in every try, or an image could not be read (after the others
             are written).
     """
     require("ray", "ray[data]", "ray", "--engine ray")
     kind = run.recipe.task.kind
-    if kind not in ("classification", "multilabel"):
-        raise RunError(
-            f"{run.path}: --engine ray gives tables of classes and maps of scenes; for image files of a run of {kind} "
-            "leave it out"
-        )
+    if kind in _BOXES:
+        refuse_tta(tta)
     images = find_images(paths, run.recipe.data.band_files)
     files, given = [str(path.resolve()) for path in images], [str(path) for path in images]
-    task = Table(str(run.path.resolve()), batch_size, device, tta)
+    masks: Path | None = None
+    names: list[str] = []
+    if kind in _MASKS:
+        masks, names = mask_folder(out), mask_names(images)
+        refuse_own(images, masks, names)
+    task = Images(
+        str(run.path.resolve()), kind, batch_size, device, tta, None if masks is None else str(masks.resolve())
+    )
     facts = [run.info["id"], hashlib.sha256(run.weights_file.read_bytes()).hexdigest(), files, batch_size, tta]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    stem = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
+    stem = out.with_suffix("") if out.suffix.lower() in SUFFIXES else out
     folder = stem.with_name(f".{stem.name}.{key}.pieces").resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +170,12 @@ def predict_table(
         raise DataError(f"{out}: cannot be written: {error.strerror or error}; give another --out") from None
     size = _BATCHES * batch_size
     pieces = [
-        Piece(number, tuple(files[first : first + size]), str(folder / f"{number:06d}.parquet"))
+        Piece(
+            number,
+            tuple(files[first : first + size]),
+            str(folder / f"{number:06d}.parquet"),
+            tuple(names[first : first + size]),
+        )
         for number, first in enumerate(range(0, len(files), size))
     ]
     left = [piece for piece in pieces if not Path(piece.output).is_file()]
@@ -144,17 +183,36 @@ def predict_table(
     if len(left) < len(pieces):
         console.print(f"{len(pieces) - len(left)} of {len(pieces)} pieces are done already")
     _refuse_failed(finish(left, lambda some: _on_ray(task, some, device), console), len(pieces))
-    tables = [pd.read_parquet(piece.output) for piece in pieces]
-    skipped = [(path, reason) for table in tables for path, reason in table.attrs["r2kit.skipped"]]
-    table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
-    table["path"] = table["path"].map(dict(zip(files, given, strict=True)))
-    attributes: dict[Any, Any] = {"tta": tta, "skipped": [list(item) for item in skipped]}
-    table.attrs = attributes
-    table.attrs["written"] = write_table(table, out)
+    table, skipped = _together(pieces, dict(zip(files, given, strict=True)))
+    read = len(table)
+    if kind in _BOXES:
+        objects, read = table, int((table["kind"] == "image").sum())
+        table = with_paths(objects)
+        table.attrs["written"] = write_objects(objects, run.preprocess.classes, out)
+    elif masks is not None:
+        table["mask"] = [str(masks / Path(name).name) for name in table["mask"]]
+        table.attrs["skipped"] = skipped
+        write_tables(table, masks)
+    else:
+        attributes: dict[Any, Any] = {"tta": tta, "skipped": skipped}
+        table.attrs = attributes
+        table.attrs["written"] = write_table(table, out)
     shutil.rmtree(folder)
     if skipped:
-        raise DataError(bad_files(skipped, len(table), table.attrs["written"]))
+        raise DataError(bad_files([(path, reason) for path, reason in skipped], read, table.attrs["written"]))
     return table
+
+
+def _together(pieces: Sequence[Piece], given: dict[str, str]) -> tuple[pd.DataFrame, list[list[str]]]:
+    """The rows of all pieces under the names that were given, and [path, reason] of what could not be read."""
+    tables = [pd.read_parquet(piece.output) for piece in pieces]
+    skipped = [[given[path], reason] for table in tables for path, reason in table.attrs["r2kit.skipped"]]
+    table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+    table.attrs = {}
+    for column in ("id", "path"):
+        if column in table:
+            table[column] = table[column].map(given)
+    return table, skipped
 
 
 def predict_scenes(
@@ -206,6 +264,11 @@ def _refuse_failed(failed: Sequence[tuple[Piece, str]], total: int) -> None:
         )
 
 
+def row_of(piece: Piece) -> dict[str, Any]:
+    """A piece as Ray sends it."""
+    return {**asdict(piece), "inputs": list(piece.inputs), "names": list(piece.names)}
+
+
 class _Worker:
     """One process of the cluster: does pieces, and tells of those that fail in place of ending the job."""
 
@@ -214,12 +277,20 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Do the piece of a row."""
-        piece = Piece(int(row["number"]), tuple(str(path) for path in row["inputs"]), str(row["output"]))
+        inputs, names = (tuple(str(word) for word in row[key]) for key in ("inputs", "names"))
+        piece = Piece(int(row["number"]), inputs, str(row["output"]), names)
         try:
             self.task(piece)
         except (R2kitError, OSError, RuntimeError, ValueError) as error:
             return {"number": piece.number, "reason": f"{type(error).__name__}: {error}"}
         return {"number": piece.number, "reason": ""}
+
+
+def _hush(logger: logging.Logger) -> None:
+    """Leave warnings alone on the console; the rest stays in the files of Ray's own session."""
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def _on_ray(task: Callable[[Piece], None], pieces: Sequence[Piece], device: str) -> list[Outcome]:
@@ -229,12 +300,13 @@ def _on_ray(task: Callable[[Piece], None], pieces: Sequence[Piece], device: str)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray deprecates parts of itself in every release
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+        _hush(logging.getLogger("ray.data"))
         ray.data.DataContext.get_current().enable_progress_bars = False
         has = ray.cluster_resources()
         gpus = 0 if device == "cpu" else int(has.get("GPU", 0))
         most = max(1, min(len(pieces), gpus or int(has.get("CPU", 1))))
-        rows = [{"number": p.number, "inputs": list(p.inputs), "output": p.output} for p in pieces]
+        rows = [row_of(piece) for piece in pieces]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Worker,
             fn_constructor_args=(task,),

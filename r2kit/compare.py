@@ -44,7 +44,7 @@ class Cost:
         parameters: Their number.
         macs: Multiply-adds of one image of the recipe's size.
         images_per_second: Inference here and now, all networks in turn; None where it was not measured.
-        epochs: Trained.
+        epochs: Trained, the mean over the runs.
         train_seconds: Seconds of training, on the device of the run; the mean over the seeds.
         device: Where it was trained.
         swing: Mean change of the validation figure that chose the best epoch, from one epoch to the next, up or down:
@@ -323,7 +323,7 @@ def _cost(runs: list[Run], rate: float | None) -> Cost:
         parameters=int(info["model"]["parameters"]),
         macs=int(info["model"]["macs"]),
         images_per_second=rate,
-        epochs=runs[0].recipe.train.epochs,
+        epochs=round(statistics.mean(run.epochs_trained for run in runs)),
         train_seconds=statistics.mean(float(run.info["train_seconds"]) for run in runs),
         device=str(info["device"]),
         swing=statistics.mean(swings) if swings else None,

@@ -255,6 +255,13 @@ class Run:
             raise RunError(f"{self.info_file}: holds no record of a run")
         return info
 
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs that were trained, which are fewer than the recipe's where something ended them early."""
+        if not self.metrics_csv.is_file():
+            return self.recipe.train.epochs
+        return len(self.read_table(self.metrics_csv))
+
     def write_info(self, **facts: Any) -> None:
         """Add facts to run.json."""
         known = self.info if self.info_file.is_file() else {}

@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 import r2kit
 from r2kit import result
@@ -241,6 +243,23 @@ def test_recorded_commands_are_quoted(run):
     assert commands[1].startswith("r2kit finetune 'my recipe.yaml' seed=4")
     run.write_info(command="pytest 'unbalanced")
     assert not any(command.startswith("pytest") for command in report.commands_of(run))
+
+
+@pytest.mark.parametrize("fixture", ["finished_run", "several_run", "pond_run", "salient_run", "detection_run"])
+def test_what_was_decided_and_done_is_said_not_what_was_asked(request, fixture, tmp_path, monkeypatch):
+    shutil.copytree(request.getfixturevalue(fixture).path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    asked = run.recipe.train.model_copy(update={"lr": "auto", "batch_size": "auto", "epochs": 70})
+    monkeypatch.setitem(run.__dict__, "recipe", run.recipe.model_copy(update={"train": asked}))
+    run.write_info(decided={"batch_size": 6, "accumulate": 2, "lr": 0.00123})
+    trained = len(pd.read_csv(run.metrics_csv))
+    monkeypatch.setattr(Figure, "savefig", lambda self, target, **rest: Image.new("RGB", (8, 8)).save(target, "PNG"))
+    text = " ".join(re.sub(r"<[^>]+>", " ", write_report(run).read_text(encoding="utf-8")).split())
+    assert "learning rate, at most 0.00123 " in text
+    assert "batch size 2 × 6 " in text  # noqa: RUF001  the sign that a reader sees
+    assert re.search(rf"{trained} epochs? of at most 70;", text)
+    assert "What it costs" in text
+    assert re.search(rf"{trained} epochs? with", run.card.read_text(encoding="utf-8"))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to lay the page out")

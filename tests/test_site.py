@@ -92,10 +92,11 @@ def test_cells_stay_cells(hooks):
 
 def test_every_picture_is_made_by_the_script_from_a_run(finished_run, tmp_path):
     pictures = load("pictures")
+    names = set(pictures.PICTURES)
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = {name for path in texts for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8"))}
-    assert {Path(name).name for name in shown} == set(pictures.PICTURES)
-    assert {path.name for path in (ROOT / "docs" / "images").iterdir()} == set(pictures.PICTURES)
+    assert {Path(name).name for name in shown} == names
+    assert {path.name for path in (ROOT / "docs" / "images").iterdir()} == names
     for file in pictures.make_pictures(finished_run, tmp_path):
         with Image.open(file) as image:
             assert image.text["Comment"].startswith("quick, seed 3, 20")

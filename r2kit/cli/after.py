@@ -122,7 +122,7 @@ def predict(
             console.print(f"{row.path}  {row.mask}")
         if len(found) > 10:
             console.print(f"and {len(found) - 10} more")
-        console.print(f"written: {out.with_suffix('')}")
+        console.print(f"written: {found.attrs['written']}")
         return
     for row in found.head(10).itertuples():
         console.print(f"{row.path}  {row[2]}  {row[3]:.3f}")

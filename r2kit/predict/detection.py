@@ -27,6 +27,9 @@ from r2kit.result.detection import make_table
 from r2kit.run import Run
 from r2kit.write_boxes import with_paths, write_coco, write_csv, write_geojson
 
+SUFFIXES = (".csv", ".json", ".geojson", ".parquet")
+"""Taken off the name that a person gives for the files."""
+
 
 def predict(
     run: Run,
@@ -50,6 +53,31 @@ def predict(
     """
     refuse_tta(tta)
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths))
+    objects = find_objects(run, files, batch_size=batch_size, workers=workers, device=device)
+    written = "" if out is None else write_objects(objects, run.preprocess.classes, Path(out))
+    table = with_paths(objects)
+    table.attrs |= objects.attrs
+    table.attrs["written"] = written
+    skipped = table.attrs["skipped"]
+    if skipped and on_bad_file == "error":
+        raise DataError(bad_files(skipped, table.attrs["images"], written))
+    return table
+
+
+def find_objects(run: Run, files: Sequence[Path], *, batch_size: int, workers: int, device: str) -> pd.DataFrame:
+    """Find the objects in images, as the table that evaluations store (see `r2kit.result.detection`).
+
+    Args:
+        run: A finished run of a detection, with outlines or without.
+        files: Images.
+        batch_size: Pieces of images at once.
+        workers: Processes that read images.
+        device: See `inference.choose_device`.
+
+    Returns:
+        The table; ``attrs["images"]`` is how many images were read, ``attrs["skipped"]`` lists [path, reason] of those
+        that could not be.
+    """
     find = Finder(run, device, batch_size=min(batch_size, PIECES_AT_ONCE))
     prepare = _Prepare(run.preprocess, run.recipe.data.boxes.overlap)
     done: list[tuple[Path, tuple[int, int]]] = []
@@ -70,14 +98,9 @@ def predict(
         }
     ).assign(group=None, lon=np.nan, lat=np.nan)
     objects = make_table(images, found, [], run.preprocess.classes)
-    written = "" if out is None else _write(objects, run.preprocess.classes, Path(out))
-    table = with_paths(objects)
-    table.attrs["skipped"] = [list(item) for item in skipped]
-    table.attrs["images"] = len(done)
-    table.attrs["written"] = written
-    if skipped and on_bad_file == "error":
-        raise DataError(bad_files(skipped, len(done), written))
-    return table
+    objects.attrs["skipped"] = [list(item) for item in skipped]
+    objects.attrs["images"] = len(done)
+    return objects
 
 
 @dataclass(frozen=True)
@@ -106,10 +129,13 @@ class _Prepare:
         return fit_pieces(self.preprocess, raw, self.pieces(shape)), torch.tensor(shape)
 
 
-def _write(objects: pd.DataFrame, classes: Sequence[str], out: Path) -> str:
-    """Write the files; return their names in words."""
-    known = (".csv", ".json", ".geojson", ".parquet")
-    stem = out.with_suffix("") if out.suffix.lower() in known else out
+def write_objects(objects: pd.DataFrame, classes: Sequence[str], out: Path) -> str:
+    """Write the files of a table of objects; return their names in words.
+
+    Raises:
+        DataError: If they cannot be written.
+    """
+    stem = out.with_suffix("") if out.suffix.lower() in SUFFIXES else out
     names = [Path(f"{stem}{suffix}") for suffix in (".csv", ".json", ".geojson")]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -53,13 +53,48 @@ def predict(
         ``height``, ``width``, and ``share_<class>``, the share of the judged pixels of each class.
     """
     files = find_images([paths] if isinstance(paths, str | Path) else list(paths), run.recipe.data.band_files)
+    folder = None if out is None else mask_folder(Path(out))
+    names = mask_names(files)
+    if folder is not None:
+        refuse_own(files, folder, names)
+    table = predict_masks(run, files, names, folder, batch_size=batch_size, workers=workers, device=device, tta=tta)
+    if folder is not None:
+        write_tables(table, folder)
+    skipped = table.attrs["skipped"]
+    if skipped and on_bad_file == "error":
+        raise DataError(bad_files(skipped, len(table), "" if folder is None else str(folder)))
+    return table
+
+
+def predict_masks(
+    run: Run,
+    files: Sequence[Path],
+    names: Sequence[str],
+    folder: Path | None,
+    *,
+    batch_size: int,
+    workers: int,
+    device: str,
+    tta: bool,
+) -> pd.DataFrame:
+    """Write the mask of each image, without the tables beside them.
+
+    Args:
+        run: A finished run of a segmentation or of salient objects.
+        files: Images.
+        names: The name of each mask, without a suffix.
+        folder: Where they are written, which is there; None writes nothing.
+        batch_size: Images at once.
+        workers: Processes that read images.
+        device: See `inference.choose_device`.
+        tta: Average over the eight orientations of each image.
+
+    Returns:
+        The table of `predict`; ``attrs["skipped"]`` lists [path, reason] of each image that could not be read.
+    """
     preprocess, spec = run.preprocess, run.recipe.task
     assert isinstance(spec, SegmentationSpec | SaliencySpec)
     grey = isinstance(spec, SaliencySpec)
-    folder = None if out is None else _folder(Path(out))
-    names = mask_names(files)
-    if folder is not None:
-        _refuse_own(files, folder, names)
     classify = PixelClassifier(
         run.model(),
         preprocess,
@@ -94,12 +129,21 @@ def predict(
     flush()
     table = pd.DataFrame(rows, columns=["path", "mask", "height", "width", *_shares(preprocess.classes)])
     table.attrs["skipped"] = [list(item) for item in skipped]
-    if folder is not None:
+    return table
+
+
+def write_tables(table: pd.DataFrame, folder: Path) -> None:
+    """Write the tables beside the masks; ``attrs["written"]`` then names the folder.
+
+    Raises:
+        DataError: If they cannot be written.
+    """
+    try:
         table.to_csv(folder / f"{TABLE}.csv", index=False)
         table.to_parquet(folder / f"{TABLE}.parquet", index=False)
-    if skipped and on_bad_file == "error":
-        raise DataError(bad_files(skipped, len(table), "" if folder is None else str(folder)))
-    return table
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}; give another --out") from None
+    table.attrs["written"] = str(folder)
 
 
 @dataclass(frozen=True)
@@ -114,7 +158,7 @@ class _Prepare:
         return self.preprocess.apply(raw), torch.from_numpy(np.array(nothing))
 
 
-def _folder(out: Path) -> Path:
+def mask_folder(out: Path) -> Path:
     """The folder of the masks, made if need be."""
     folder = out.with_suffix("") if out.suffix.lower() in (".csv", ".parquet") else out
     try:
@@ -124,7 +168,7 @@ def _folder(out: Path) -> Path:
     return folder
 
 
-def _refuse_own(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
+def refuse_own(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
     """Raise where a mask would replace one of the images."""
     written = {(folder / f"{name}{suffix}").resolve() for name in names for suffix in (".png", ".tif")}
     own = next((file for file in files if file.resolve() in written), None)

@@ -196,7 +196,7 @@ def _training(run: Run) -> str:
     if "fastai" in run.info:
         names = dict.fromkeys(str(fit["optimizer"]) for fit in run.info["fastai"]["fits"])
         by = " and ".join([*names, f"fastai {run.info['fastai']['version']}"])
-    epochs = counted(recipe.train.epochs, "epoch")
+    epochs = counted(run.epochs_trained, "epoch")
     return f"From {start}, {epochs} with {by}, augmentation `{recipe.augment.preset}`, seed {recipe.seed}{chosen}."
 
 

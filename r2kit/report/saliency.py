@@ -57,6 +57,7 @@ def write_report(run: Run) -> Path:
         ("mean absolute error", figures["mae"]),
     ]
     page = template("saliency.html.j2").render(
+        run=run,
         recipe=run.recipe,
         info=run.info,
         result=figures,

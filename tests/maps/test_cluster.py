@@ -1,6 +1,7 @@
 """Prediction on a cluster gives the local engine's files, tries again what failed, and goes on where it stopped."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -35,7 +36,7 @@ def test_a_piece_that_raises_is_told_and_ends_nothing(finished_run, tmp_path):
     def broken(piece):
         raise OSError("no disk")
 
-    row = {"number": 4, "inputs": ["x.png"], "output": "x"}
+    row = cluster.row_of(cluster.Piece(4, ("x.png",), "x"))
     assert cluster._Worker(broken)(row) == {"number": 4, "reason": "OSError: no disk"}
 
 
@@ -47,8 +48,7 @@ def in_this_process(monkeypatch):
     def here(task, pieces, device):
         outcomes = []
         for piece in pieces:
-            row = {"number": piece.number, "inputs": list(piece.inputs), "output": piece.output}
-            outcomes.append(cluster._Worker(task)(row))
+            outcomes.append(cluster._Worker(task)(cluster.row_of(piece)))
             done.append(piece.number)
         return [(one["number"], one["reason"]) for one in outcomes]
 
@@ -100,12 +100,40 @@ def test_what_is_no_piece_of_work_is_refused(finished_run, tmp_path, in_this_pro
         cluster.predict_scenes(
             finished_run, [tmp_path / "a.tif", tmp_path / "b.tif"], tmp_path / "m.tif", MapSettings()
         )
-    recipe = finished_run.recipe.model_copy(
-        update={"task": finished_run.recipe.task.model_copy(update={"kind": "segmentation"})}
-    )
-    monkeypatch.setitem(finished_run.__dict__, "recipe", recipe)
-    with pytest.raises(RunError, match="leave it out"):
-        cluster.predict_table(finished_run, [tmp_path], tmp_path / "far")
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_masks_and_boxes_are_those_of_the_local_engine(request, kind, tmp_path, in_this_process, monkeypatch):
+    run = request.getfixturevalue({"segmentation": "pond_run", "detection": "detection_run"}[kind])
+    source = Path(run.recipe.data.root)
+    shutil.copytree(source / "images", tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    local = predict(run, ["pictures"], out="near/found", batch_size=2)
+    far = cluster.predict_table(run, ["pictures"], Path("far/found"), batch_size=2, device="cpu")
+    assert len(in_this_process) > 1
+    near_files = sorted(path.relative_to("near") for path in Path("near").rglob("*") if path.is_file())
+    assert near_files == sorted(path.relative_to("far") for path in Path("far").rglob("*") if path.is_file())
+    assert len(near_files) > 1
+    for name in near_files:
+        if name.suffix != ".parquet":
+            assert (Path("far") / name).read_text("latin-1").replace("far/", "near/") == (
+                Path("near") / name
+            ).read_text("latin-1")
+    if "mask" in local and kind == "segmentation":
+        far["mask"] = far["mask"].str.replace("far/", "near/")
+    pd.testing.assert_frame_equal(far, local)
+    # One that cannot be read is named as it was given, after the others are written.
+    broken = sorted(Path("pictures").iterdir())[0]
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match=f"1 of {len(list(Path('pictures').iterdir()))} images could not be read"):
+        cluster.predict_table(run, ["pictures"], Path("again/found"), batch_size=2, device="cpu")
+    assert len(list(Path("again").rglob("*.csv"))) == 1
+    with (
+        pytest.raises(DataError, match="could replace this image")
+        if kind == "segmentation"
+        else pytest.raises(RunError, match="tta")
+    ):
+        cluster.predict_table(run, ["pictures"], Path("pictures"), batch_size=2, device="cpu", tta=kind == "detection")
 
 
 @pytest.mark.slow
