@@ -2,8 +2,8 @@
 
 A 1x1 convolution is a product of matrices over the rows of channels-last memory, by a kernel where it has few
 channels; above, a strided one copies its rows first. A 3x3 convolution with stride 1 goes forward, and back to its
-input and its weights, through Winograd's filtering. Other gradients of the weights have a kernel; the rest goes through
-torch's own operator. On a GPU everything is torch's.
+input and its weights, through Winograd's filtering. Strided ones and other gradients of the weights have kernels of
+their own; the rest goes through torch's operator. On a GPU everything is torch's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import native, norm_act, product, squares, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import native, norm_act, product, squares, strided, weight_grad, winograd, winograd_grad
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.tile import FinishArgs, finish
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Conv:
         """
         plain = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1) and self.groups == 1
         return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= squares.NARROWEST
+
+    def is_strided(self, chans: int) -> bool:
+        """Whether the kernel of strided convolutions suits it; `chans`: channels read."""
+        even = self.stride[0] == self.stride[1] > 1 and self.dilation == (1, 1) and self.groups == 1
+        return even and self.kernel != (1, 1) and chans >= squares.NARROWEST
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output."""
@@ -159,10 +166,14 @@ class Conv:
             else:
                 torch.mm(rows(dy), matrix, out=rows(grad))
             return grad
-        if self.is_filter(dy.shape[1], size) and not x.is_cuda:
+        filtered = self.is_filter(dy.shape[1], size)
+        if (filtered or self.is_strided(dy.shape[1])) and x.dtype in _DTYPES and not x.is_cuda:
             grad = room(x, x.shape[1], size) if out is None else out
-            pad = (2 - self.pad[0], 2 - self.pad[1])
-            winograd.convolve(dy, weight, size, pad, finish(rows(grad)), turned=True)
+            if filtered:
+                pad = (2 - self.pad[0], 2 - self.pad[1])
+                winograd.convolve(dy, weight, size, pad, finish(rows(grad)), turned=True)
+            else:
+                strided.convolve(dy, weight, size, self.stride[0], self.pad, finish(rows(grad)), back=True)
         else:
             grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
             if out is not None:
@@ -188,18 +199,21 @@ class Conv:
     def _has_filtered_weights(self, x: Tensor, dy: Tensor) -> bool:
         """Whether Winograd's filtering suits the gradient of the weights."""
         size = (dy.shape[2], dy.shape[3])
-        suits = self.is_filter(min(x.shape[1], dy.shape[1]), size) and x.dtype in (torch.float32, torch.float64)
+        suits = self.is_filter(min(x.shape[1], dy.shape[1]), size) and x.dtype in _DTYPES
         return suits and len(x) * squares.count(4, size) >= winograd_grad.FEWEST and squares.square_side(size) == 4
 
     def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
         """Whether a kernel goes forward."""
-        suits = (self.is_product and x.shape[1] <= product.widest()) or self.is_filter(x.shape[1], out_size)
-        return suits and x.dtype in (torch.float32, torch.float64) and not x.is_cuda
+        chans = x.shape[1]
+        suits = (self.is_product and chans <= product.widest()) or self.is_filter(chans, out_size)
+        return (suits or self.is_strided(chans)) and x.dtype in _DTYPES and not x.is_cuda
 
     def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:
         """Go forward by the kernel."""
         if self.is_product:
             product.convolve(x, weight, out_size, self.stride, end)
+        elif self.is_strided(x.shape[1]):
+            strided.convolve(x, weight, out_size, self.stride[0], self.pad, end)
         else:
             winograd.convolve(x, weight, out_size, self.pad, end)
 

@@ -1,0 +1,202 @@
+"""Kernel: a convolution with a stride, and the gradient of its input, over channels-last rows.
+
+Each pixel written is a sum over taps of the row that a tap reads times that tap's matrix. Forward, pixel (h, w) reads
+with tap (i, j) the row (h s - pad + i, w s - pad + j). For the gradient of the input it reads, of the rows of dy,
+((h + pad - i) / s, (w + pad - j) / s) where that is whole: of 3 x 3 taps one, two or four, the same ones for all pixels
+whose h and w leave the same remainders. Those are a class; forward there is one class with every tap. A tile of the
+product takes rows of one class and runs over its taps without a copy of what they read: in place of a pixel beyond the
+image stands a row of zeros. The sums of a block of rows go through `Finish` to where they belong.
+
+Only for one group and dilation 1. Reference: torch's `conv2d` and `convolution_backward`. Benchmark:
+``python -m r2kit.backbones.fast.strided``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from r2kit.backbones.fast import native
+from r2kit.backbones.fast.squares import pixel_step
+from r2kit.backbones.fast.tile import TILES, FinishArgs, finish
+
+SOURCE = (
+    TILES
+    + r"""
+struct Args {
+  int64_t batch, height, width, chans, ldx;            // x: rows (batch, height, width) of `chans`
+  int64_t out_height, out_width, out_chans;
+  int64_t taps_h, taps_w, stride, pad_h, pad_w;
+  int64_t back;                                        // whether x is dy, and what is written the input's gradient
+  int64_t w_h, w_w, w_c, w_k;     // weight of tap (i, j) from c to k: w[i w_h + j w_w + c w_c + k w_k]
+  int64_t threads;
+  const void *x, *w;
+  Finish finish;
+};
+constexpr int64_t SUMS = 8 * 1024;  // values that the sums of a block of rows may take
+
+// The pixels whose coordinates leave one pair of remainders, and the taps that they read with.
+struct Class {
+  int64_t step, first_h, first_w, tall, across;
+  std::vector<int64_t> taps;
+
+  Class(const Args& a, int64_t h, int64_t w) : step(a.back ? a.stride : 1), first_h(h), first_w(w) {
+    tall = (a.out_height - h + step - 1) / step;
+    across = (a.out_width - w + step - 1) / step;
+    for (int64_t tap = 0; tap < a.taps_h * a.taps_w; tap++)
+      if (!a.back || ((h + a.pad_h - tap / a.taps_w) % a.stride == 0 && (w + a.pad_w - tap % a.taps_w) % a.stride == 0))
+        taps.push_back(tap);
+  }
+};
+
+template <class T> static void run(const Args& a) {
+  const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, taps = a.taps_h * a.taps_w;
+  const Ready<T> ready(a.finish, a.out_chans);
+  const std::vector<T> zeros(a.chans, T(0));
+  std::vector<Class> classes;
+  for (int64_t h = 0; h < (a.back ? std::min(a.stride, a.out_height) : 1); h++)
+    for (int64_t w = 0; w < (a.back ? std::min(a.stride, a.out_width) : 1); w++) classes.emplace_back(a, h, w);
+  // Threads share the rows, or the columns where there are few rows.
+  const bool by_rows = a.batch * a.out_height * a.out_width >= 1024;
+#pragma omp parallel num_threads(a.threads)
+  {
+    const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
+    const int64_t first = by_rows ? 0 : panels * t / n, last = by_rows ? panels : panels * (t + 1) / n;
+    const int64_t wide = (last - first) * W, chans = std::min(a.out_chans - first * W, wide);
+    const int64_t step = taps * a.chans * W;
+    const int64_t block = std::min<int64_t>(4 * MR, std::max(MR, SUMS / std::max(wide, W) / MR * MR));
+    T *b = kept<T, 0>((last - first) * step + 4 * W), *sums = kept<T, 1>(block * wide);
+    std::vector<int64_t> where(taps);
+    std::vector<const T*> at(block * taps);
+    for (int64_t k = 0; k < wide; k += 4)
+      for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t c = 0; c < a.chans; c += 4) {
+          typename Four<T>::V four[4];
+          const T* w = (const T*)a.w + tap / a.taps_w * a.w_h + tap % a.taps_w * a.w_w + c * a.w_c;
+          fetch<T>(w + (first * W + k) * a.w_k, a.w_c, a.w_k, a.chans - c, chans - k, four);
+          for (int64_t i = 0; i < 4 && c + i < a.chans; i++)
+            memcpy(b + k / W * step + (tap * a.chans + c + i) * W + k % W, &four[i], sizeof(four[i]));
+        }
+    for (const Class& part : classes) {
+      const int64_t total = a.batch * part.tall * part.across, segments = int64_t(part.taps.size());
+      const int64_t groups = (total + MR - 1) / MR;
+      const int64_t from = by_rows ? groups * t / n * MR : 0;
+      const int64_t to = by_rows ? std::min(total, groups * (t + 1) / n * MR) : total;
+      for (int64_t q = 0; q < segments; q++) where[q] = part.taps[q] * a.chans * W;
+      for (int64_t r0 = from; r0 < to && wide; r0 += block) {
+        const int64_t count = std::min(block, to - r0);
+        int64_t row[4 * MR];
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t r = r0 + i, image = r / (part.tall * part.across);
+          const int64_t h = r / part.across % part.tall * part.step + part.first_h;
+          const int64_t w = r % part.across * part.step + part.first_w;
+          row[i] = (image * a.out_height + h) * a.out_width + w;
+          for (int64_t q = 0; q < segments; q++) {
+            const int64_t ti = part.taps[q] / a.taps_w, tj = part.taps[q] % a.taps_w;
+            const int64_t y = a.back ? (h + a.pad_h - ti) / a.stride : h * a.stride - a.pad_h + ti;
+            const int64_t x = a.back ? (w + a.pad_w - tj) / a.stride : w * a.stride - a.pad_w + tj;
+            const bool above = a.back && (h + a.pad_h < ti || w + a.pad_w < tj);  // division would round to zero
+            const bool inside = !above && y >= 0 && y < a.height && x >= 0 && x < a.width;
+            at[(i / MR * segments + q) * MR + i % MR] =
+                inside ? (const T*)a.x + ((image * a.height + y) * a.width + x) * a.ldx : zeros.data();
+          }
+        }
+        for (int64_t p = 0; p < last - first; p++)
+          for (int64_t i = 0; i < count; i += MR) {
+            const auto sum = tile_of<T>(std::min(MR, count - i), chans - p * W);
+            sum(at.data() + i * segments, where.data(), segments, a.chans, b + p * step, sums + i * wide + p * W, wide,
+                true);
+          }
+        for (int64_t i = 0; i < count; i++) ready.write(sums + i * wide, row[i], first * W, chans);
+      }
+    }
+  }
+}
+extern "C" void strided_float(const Args* a) { run<float>(*a); }
+extern "C" void strided_double(const Args* a) { run<double>(*a); }
+"""
+)
+
+
+class _Args(ctypes.Structure):
+    """The struct of the same name in the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "chans", "ldx")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_chans")),
+        *((name, ctypes.c_int64) for name in ("taps_h", "taps_w", "stride", "pad_h", "pad_w", "back")),
+        *((name, ctypes.c_int64) for name in ("w_h", "w_w", "w_c", "w_k", "threads")),
+        ("x", ctypes.c_void_p),
+        ("w", ctypes.c_void_p),
+        ("finish", FinishArgs),
+    )
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    out_size: tuple[int, int],
+    stride: int,
+    pad: tuple[int, int],
+    end: FinishArgs,
+    *,
+    back: bool = False,
+) -> None:
+    """Do what `end` says with the sums of a convolution, or with the gradient of its input.
+
+    Args:
+        x: (B, C, H, W), channels-last; may be some channels of a wider tensor. With `back` the gradient of the output.
+        weight: (K, C, I, J); with `back` (C, K, I, J).
+        out_size: Height and width of what is written.
+        stride: Of the convolution, in both directions.
+        pad: Zeros above and left of the convolution's input.
+        end: Where to write; its rows are (B * OH * OW, K).
+        back: Whether the gradient of the input is wanted.
+    """
+    w_k, w_c, w_h, w_w = weight.stride()
+    chans_out = weight.shape[0]
+    if back:
+        w_k, w_c, chans_out = w_c, w_k, weight.shape[1]
+    args = _Args(
+        *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], pixel_step(x), *out_size, chans_out),
+        *(weight.shape[2], weight.shape[3], stride, *pad, int(back)),
+        *(w_h, w_w, w_c, w_k, native.threads(), x.data_ptr(), weight.data_ptr(), end),
+    )
+    library = native.load(SOURCE)
+    (library.strided_float if x.dtype == torch.float32 else library.strided_double)(ctypes.byref(args))
+
+
+def main(batch: int = 32, rounds: int = 10) -> None:
+    """Print milliseconds of the kernel and of torch's operator for the layers of Res2Net-50 at 64 px, medians."""
+    for chans, side in ((52, 16), (104, 8), (208, 4)):
+        x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(chans, chans, 3, 3).contiguous(memory_format=torch.channels_last)
+        dy = torch.conv2d(x, weight, None, 2, 1)
+        y, dx = torch.empty(dy.numel() // chans, chans), torch.empty(x.numel() // chans, chans)
+        size, half = (side, side), (side // 2, side // 2)
+        forms = {
+            "kernel": partial(convolve, x, weight, half, 2, (1, 1), finish(y)),
+            "plain": partial(torch.conv2d, x, weight, None, 2, 1),
+            "kernel, input": partial(convolve, dy, weight, size, 2, (1, 1), finish(dx), back=True),
+            "plain, input": partial(
+                torch.ops.aten.convolution_backward,
+                *(dy, x, weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)),
+            ),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(rounds + 1):
+            for name, form in forms.items():
+                start = time.perf_counter()
+                form()
+                seconds[name].append(time.perf_counter() - start)
+        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
+        print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
+
+
+if __name__ == "__main__":
+    main()
