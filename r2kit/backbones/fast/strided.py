@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -179,7 +180,7 @@ def main(batch: int = 32, rounds: int = 10) -> None:
         dy = torch.conv2d(x, weight, None, 2, 1)
         y, dx = torch.empty(dy.numel() // chans, chans), torch.empty(x.numel() // chans, chans)
         size, half = (side, side), (side // 2, side // 2)
-        forms = {
+        forms: dict[str, Callable[[], object]] = {
             "kernel": partial(convolve, x, weight, half, 2, (1, 1), finish(y)),
             "plain": partial(torch.conv2d, x, weight, None, 2, 1),
             "kernel, input": partial(convolve, dy, weight, size, 2, (1, 1), finish(dx), back=True),
