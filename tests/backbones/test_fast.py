@@ -21,14 +21,13 @@ from torch.utils.checkpoint import checkpoint
 import r2kit
 from r2kit.backbones._res2 import Res2Block, Res2Net, StemSpec
 from r2kit.backbones.fast import (
+    direct,
     is_fast,
     native,
     norm_act,
     optimize_with_reason,
     plain,
-    product,
     squares,
-    strided,
     weight_grad,
     winograd,
     winograd_grad,
@@ -255,48 +254,33 @@ def test_weights_do_not_depend_on_the_number_of_threads(threads):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("batch", "chans", "out_chans", "height", "width", "stride"),
-    [(2, 26, 26, 9, 7, (1, 1)), (1, 3, 5, 1, 1, (1, 1)), (3, 19, 40, 5, 4, (2, 2)), (8, 7, 50, 13, 11, (2, 1))],
-)
-def test_product_kernel(dtype, batch, chans, out_chans, height, width, stride):
-    x = torch.randn(batch, chans + 9, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    x = x[:, 4 : 4 + chans]
-    weight = torch.randn(out_chans, chans, 1, 1, dtype=dtype)
-    exact = torch.conv2d(x.double(), weight.double(), None, stride)
-    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-    for turned in (False, True):
-        out = torch.full_like(exact, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
-        given = weight.transpose(0, 1).contiguous() if turned else weight
-        product.convolve(x, given, tuple(exact.shape[2:]), stride, finish(rows(out)), turned=turned)
-        assert (out - exact).abs().max() <= tolerance * exact.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("batch", "chans", "out_chans", "height", "width", "stride", "pad"),
+    ("batch", "chans", "out_chans", "height", "width", "kernel", "stride", "pad"),
     [
-        *((2, 26, 26, 9, 7, 2, 1), (3, 19, 40, 4, 5, 2, 1), (1, 16, 16, 8, 5, 3, 0), (33, 33, 67, 7, 6, 2, 0)),
-        *((1, 16, 16, 1, 1, 2, 1), (2, 16, 17, 2, 1, 2, 2), (1, 16, 16, 9, 9, 4, 1), (9, 20, 33, 31, 17, 2, 1)),
+        *((2, 26, 26, 9, 7, 1, (1, 1), 0), (1, 3, 5, 1, 1, 1, (1, 1), 0), (3, 19, 40, 5, 4, 1, (2, 2), 0)),
+        *((8, 7, 50, 13, 11, 1, (2, 1), 0), (2, 26, 26, 9, 7, 3, (2, 2), 1), (3, 19, 40, 4, 5, 3, (2, 2), 1)),
+        *((1, 16, 16, 8, 5, 3, (3, 3), 0), (33, 33, 67, 7, 6, 3, (2, 2), 0), (1, 16, 16, 1, 1, 3, (2, 2), 1)),
+        *((2, 16, 17, 2, 1, 3, (2, 2), 2), (1, 16, 16, 9, 9, 3, (4, 4), 1), (9, 20, 33, 31, 17, 3, (2, 3), 1)),
+        (2, 5, 6, 9, 8, 5, (2, 1), 2),
     ],
 )
-def test_strided_kernel(dtype, batch, chans, out_chans, height, width, stride, pad):
+def test_direct_kernel(dtype, batch, chans, out_chans, height, width, kernel, stride, pad):
     x = torch.randn(batch, chans + 9, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x = x[:, 4 : 4 + chans]
-    weight = torch.randn(out_chans, chans, 3, 3, dtype=dtype)
+    weight = torch.randn(out_chans, chans, kernel, kernel, dtype=dtype)
     exact = torch.conv2d(x.double(), weight.double(), None, stride, pad)
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
     out = torch.full_like(exact, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
-    strided.convolve(x, weight, tuple(exact.shape[2:]), stride, (pad, pad), finish(rows(out)))
+    direct.convolve(x, weight, tuple(exact.shape[2:]), stride, (pad, pad), finish(rows(out)))
     assert (out - exact).abs().max() <= tolerance * exact.abs().max()
     dy = torch.randn(batch, out_chans + 3, *exact.shape[2:], dtype=dtype)
     dy = dy.contiguous(memory_format=torch.channels_last)[:, 1:-2]
     mask = (True, False, False)
     exact = torch.ops.aten.convolution_backward(
-        *(dy.double(), x.double(), weight.double(), None, (stride,) * 2, (pad,) * 2, (1, 1), False, (0, 0), 1, mask)
+        *(dy.double(), x.double(), weight.double(), None, stride, (pad, pad), (1, 1), False, (0, 0), 1, mask)
     )[0]
     dx = torch.full((batch, chans, height, width), float("nan"), dtype=dtype)
     dx = dx.contiguous(memory_format=torch.channels_last)
-    strided.convolve(dy, weight, (height, width), stride, (pad, pad), finish(rows(dx)), back=True)
+    direct.convolve(dy, weight, (height, width), stride, (pad, pad), finish(rows(dx)), back=True)
     assert (dx - exact).abs().max() <= tolerance * exact.abs().max()
 
 

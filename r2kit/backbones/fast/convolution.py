@@ -1,9 +1,9 @@
 """A convolution on channels-last memory, forward and each gradient, by whatever computes it soonest.
 
-A 1x1 convolution is a product of matrices over the rows of channels-last memory, by a kernel where it has few
-channels; above, a strided one copies its rows first. A 3x3 convolution with stride 1 goes forward, and back to its
-input and its weights, through Winograd's filtering. Strided ones and other gradients of the weights have kernels of
-their own; the rest goes through torch's operator. On a GPU everything is torch's.
+A 1x1 convolution is a product of matrices over the rows of channels-last memory; where it has few channels, or vectors
+are wide, by the direct kernel, which strided 3x3 convolutions have too. A 3x3 convolution with stride 1 goes forward,
+and back to its input and its weights, through Winograd's filtering. Other gradients of the weights have a kernel; the
+rest goes through torch's operator. On a GPU everything is torch's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import native, norm_act, product, squares, strided, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import direct, native, norm_act, squares, weight_grad, winograd, winograd_grad
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.tile import FinishArgs, finish
 
@@ -63,10 +63,12 @@ class Conv:
         plain = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1) and self.groups == 1
         return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= squares.NARROWEST
 
-    def is_strided(self, chans: int) -> bool:
-        """Whether the kernel of strided convolutions suits it; `chans`: channels read."""
-        even = self.stride[0] == self.stride[1] > 1 and self.dilation == (1, 1) and self.groups == 1
-        return even and self.kernel != (1, 1) and chans >= squares.NARROWEST
+    def is_direct(self, chans: int) -> bool:
+        """Whether the direct kernel suits it; `chans`: channels read."""
+        if self.is_product:
+            return chans <= direct.widest()
+        plain = self.stride != (1, 1) and self.dilation == (1, 1) and self.groups == 1
+        return plain and self.kernel != (1, 1) and chans >= squares.NARROWEST
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output."""
@@ -161,19 +163,19 @@ class Conv:
                 rows(into).addmm_(rows(dy), matrix)
                 return into
             grad = room(x, x.shape[1], size) if out is None else out
-            if dy.shape[1] <= product.widest():
-                product.convolve(dy, weight, size, (1, 1), finish(rows(grad)), turned=True)
+            if self.is_direct(dy.shape[1]):
+                direct.convolve(dy, weight, size, (1, 1), (0, 0), finish(rows(grad)), back=True)
             else:
                 torch.mm(rows(dy), matrix, out=rows(grad))
             return grad
         filtered = self.is_filter(dy.shape[1], size)
-        if (filtered or self.is_strided(dy.shape[1])) and x.dtype in _DTYPES and not x.is_cuda:
+        if (filtered or self.is_direct(dy.shape[1])) and x.dtype in _DTYPES and not x.is_cuda:
             grad = room(x, x.shape[1], size) if out is None else out
             if filtered:
                 pad = (2 - self.pad[0], 2 - self.pad[1])
                 winograd.convolve(dy, weight, size, pad, finish(rows(grad)), turned=True)
             else:
-                strided.convolve(dy, weight, size, self.stride[0], self.pad, finish(rows(grad)), back=True)
+                direct.convolve(dy, weight, size, self.stride, self.pad, finish(rows(grad)), back=True)
         else:
             grad = self._torch_grad(dy, x, weight, 0).contiguous(memory_format=torch.channels_last)
             if out is not None:
@@ -183,14 +185,14 @@ class Conv:
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of `weight`; arguments as in `input_grad`."""
         even = all(a == b for a, b in (self.stride, self.pad, self.dilation))
-        direct = even and self.groups == 1 and x.shape[1] >= squares.NARROWEST and x.dtype == torch.float32
+        owned = even and self.groups == 1 and x.shape[1] >= squares.NARROWEST and x.dtype == torch.float32
         if x.is_cuda:
             grad = self._torch_grad(dy, x, weight, 1)
-        elif self.is_product and not (direct and native.has_wide_vectors()):
+        elif self.is_product and not (owned and native.has_wide_vectors()):
             return (rows(dy).t() @ rows(self._met(x))).view(weight.shape)
         elif self._has_filtered_weights(x, dy):
             grad = winograd_grad.weight_grad(x, dy, self.pad)
-        elif direct:
+        elif owned:
             grad = weight_grad.weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
         else:
             grad = self._torch_grad(dy, x, weight, 1)
@@ -205,15 +207,13 @@ class Conv:
     def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
         """Whether a kernel goes forward."""
         chans = x.shape[1]
-        suits = (self.is_product and chans <= product.widest()) or self.is_filter(chans, out_size)
-        return (suits or self.is_strided(chans)) and x.dtype in _DTYPES and not x.is_cuda
+        suits = self.is_direct(chans) or self.is_filter(chans, out_size)
+        return suits and x.dtype in _DTYPES and not x.is_cuda
 
     def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:
         """Go forward by the kernel."""
-        if self.is_product:
-            product.convolve(x, weight, out_size, self.stride, end)
-        elif self.is_strided(x.shape[1]):
-            strided.convolve(x, weight, out_size, self.stride[0], self.pad, end)
+        if self.is_direct(x.shape[1]):
+            direct.convolve(x, weight, out_size, self.stride, self.pad, end)
         else:
             winograd.convolve(x, weight, out_size, self.pad, end)
 

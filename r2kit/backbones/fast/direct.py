@@ -1,20 +1,26 @@
-"""Kernel: a convolution with a stride, and the gradient of its input, over channels-last rows.
+"""Kernel: a convolution as a sum over its taps, and the gradient of its input, over channels-last rows.
 
 Each pixel written is a sum over taps of the row that a tap reads times that tap's matrix. Forward, pixel (h, w) reads
-with tap (i, j) the row (h s - pad + i, w s - pad + j). For the gradient of the input it reads, of the rows of dy,
-((h + pad - i) / s, (w + pad - j) / s) where that is whole: of 3 x 3 taps one, two or four, the same ones for all pixels
-whose h and w leave the same remainders. Those are a class; forward there is one class with every tap. A tile of the
-product takes rows of one class and runs over its taps without a copy of what they read: in place of a pixel beyond the
-image stands a row of zeros. The sums of a block of rows go through `Finish` to where they belong.
+with tap (i, j) the row (h s - pad + i, w s - pad + j) with a stride of s. For the gradient of the input it reads, of
+the rows of dy, ((h + pad - i) / s, (w + pad - j) / s) where that is whole: of 3 x 3 taps and a stride of two one, two
+or four, the same ones for all pixels whose h and w leave the same remainders. Those are a class; forward there is one
+class with every tap. The weights are packed into panels; a tile of the product takes rows of one class and runs over
+its taps without a copy of what they read: in place of a pixel beyond the image stands a row of zeros. The sums of a
+block of rows go, one whole row after the other, through `Finish` to where they belong.
+
+What it is used for: strided convolutions, and 1x1 convolutions, which are products of matrices, of up to `widest()`
+channels: where a library's packing of both sides costs more than it gives.
 
 Only for one group and dilation 1. Reference: torch's `conv2d` and `convolution_backward`. Benchmark:
-``python -m r2kit.backbones.fast.strided``.
+``python -m r2kit.backbones.fast.direct``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +38,7 @@ SOURCE = (
 struct Args {
   int64_t batch, height, width, chans, ldx;            // x: rows (batch, height, width) of `chans`
   int64_t out_height, out_width, out_chans;
-  int64_t taps_h, taps_w, stride, pad_h, pad_w;
+  int64_t taps_h, taps_w, stride_h, stride_w, pad_h, pad_w;
   int64_t back;                                        // whether x is dy, and what is written the input's gradient
   int64_t w_h, w_w, w_c, w_k;     // weight of tap (i, j) from c to k: w[i w_h + j w_w + c w_c + k w_k]
   int64_t threads;
@@ -43,14 +49,16 @@ constexpr int64_t SUMS = 8 * 1024;  // values that the sums of a block of rows m
 
 // The pixels whose coordinates leave one pair of remainders, and the taps that they read with.
 struct Class {
-  int64_t step, first_h, first_w, tall, across;
+  int64_t step_h, step_w, first_h, first_w, tall, across;
   std::vector<int64_t> taps;
 
-  Class(const Args& a, int64_t h, int64_t w) : step(a.back ? a.stride : 1), first_h(h), first_w(w) {
-    tall = (a.out_height - h + step - 1) / step;
-    across = (a.out_width - w + step - 1) / step;
+  Class(const Args& a, int64_t h, int64_t w)
+      : step_h(a.back ? a.stride_h : 1), step_w(a.back ? a.stride_w : 1), first_h(h), first_w(w) {
+    tall = (a.out_height - h + step_h - 1) / step_h;
+    across = (a.out_width - w + step_w - 1) / step_w;
     for (int64_t tap = 0; tap < a.taps_h * a.taps_w; tap++)
-      if (!a.back || ((h + a.pad_h - tap / a.taps_w) % a.stride == 0 && (w + a.pad_w - tap % a.taps_w) % a.stride == 0))
+      if (!a.back || ((h + a.pad_h - tap / a.taps_w) % a.stride_h == 0 &&
+                      (w + a.pad_w - tap % a.taps_w) % a.stride_w == 0))
         taps.push_back(tap);
   }
 };
@@ -60,8 +68,8 @@ template <class T> static void run(const Args& a) {
   const Ready<T> ready(a.finish, a.out_chans);
   const std::vector<T> zeros(a.chans, T(0));
   std::vector<Class> classes;
-  for (int64_t h = 0; h < (a.back ? std::min(a.stride, a.out_height) : 1); h++)
-    for (int64_t w = 0; w < (a.back ? std::min(a.stride, a.out_width) : 1); w++) classes.emplace_back(a, h, w);
+  for (int64_t h = 0; h < (a.back ? std::min(a.stride_h, a.out_height) : 1); h++)
+    for (int64_t w = 0; w < (a.back ? std::min(a.stride_w, a.out_width) : 1); w++) classes.emplace_back(a, h, w);
   // Threads share the rows, or the columns where there are few rows.
   const bool by_rows = a.batch * a.out_height * a.out_width >= 1024;
 #pragma omp parallel num_threads(a.threads)
@@ -70,7 +78,7 @@ template <class T> static void run(const Args& a) {
     const int64_t first = by_rows ? 0 : panels * t / n, last = by_rows ? panels : panels * (t + 1) / n;
     const int64_t wide = (last - first) * W, chans = std::min(a.out_chans - first * W, wide);
     const int64_t step = taps * a.chans * W;
-    const int64_t block = std::min<int64_t>(4 * MR, std::max(MR, SUMS / std::max(wide, W) / MR * MR));
+    const int64_t block = std::min<int64_t>(8 * MR, std::max(MR, SUMS / std::max(wide, W) / MR * MR));
     T *b = kept<T, 0>((last - first) * step + 4 * W), *sums = kept<T, 1>(block * wide);
     std::vector<int64_t> where(taps);
     std::vector<const T*> at(block * taps);
@@ -91,16 +99,16 @@ template <class T> static void run(const Args& a) {
       for (int64_t q = 0; q < segments; q++) where[q] = part.taps[q] * a.chans * W;
       for (int64_t r0 = from; r0 < to && wide; r0 += block) {
         const int64_t count = std::min(block, to - r0);
-        int64_t row[4 * MR];
+        int64_t row[8 * MR];
         for (int64_t i = 0; i < count; i++) {
           const int64_t r = r0 + i, image = r / (part.tall * part.across);
-          const int64_t h = r / part.across % part.tall * part.step + part.first_h;
-          const int64_t w = r % part.across * part.step + part.first_w;
+          const int64_t h = r / part.across % part.tall * part.step_h + part.first_h;
+          const int64_t w = r % part.across * part.step_w + part.first_w;
           row[i] = (image * a.out_height + h) * a.out_width + w;
           for (int64_t q = 0; q < segments; q++) {
             const int64_t ti = part.taps[q] / a.taps_w, tj = part.taps[q] % a.taps_w;
-            const int64_t y = a.back ? (h + a.pad_h - ti) / a.stride : h * a.stride - a.pad_h + ti;
-            const int64_t x = a.back ? (w + a.pad_w - tj) / a.stride : w * a.stride - a.pad_w + tj;
+            const int64_t y = a.back ? (h + a.pad_h - ti) / a.stride_h : h * a.stride_h - a.pad_h + ti;
+            const int64_t x = a.back ? (w + a.pad_w - tj) / a.stride_w : w * a.stride_w - a.pad_w + tj;
             const bool above = a.back && (h + a.pad_h < ti || w + a.pad_w < tj);  // division would round to zero
             const bool inside = !above && y >= 0 && y < a.height && x >= 0 && x < a.width;
             at[(i / MR * segments + q) * MR + i % MR] =
@@ -118,10 +126,19 @@ template <class T> static void run(const Args& a) {
     }
   }
 }
-extern "C" void strided_float(const Args* a) { run<float>(*a); }
-extern "C" void strided_double(const Args* a) { run<double>(*a); }
+extern "C" void direct_float(const Args* a) { run<float>(*a); }
+extern "C" void direct_double(const Args* a) { run<double>(*a); }
 """
 )
+
+
+@functools.cache
+def widest() -> int:
+    """Return the most input channels of a 1x1 convolution that this kernel is used for.
+
+    With vectors of 32 bytes it loses to MKL's product above; with 64 it gains at every width (AMD EPYC, Zen 4).
+    """
+    return sys.maxsize if native.has_wide_vectors() else 256
 
 
 class _Args(ctypes.Structure):
@@ -130,7 +147,7 @@ class _Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "chans", "ldx")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_chans")),
-        *((name, ctypes.c_int64) for name in ("taps_h", "taps_w", "stride", "pad_h", "pad_w", "back")),
+        *((name, ctypes.c_int64) for name in ("taps_h", "taps_w", "stride_h", "stride_w", "pad_h", "pad_w", "back")),
         *((name, ctypes.c_int64) for name in ("w_h", "w_w", "w_c", "w_k", "threads")),
         ("x", ctypes.c_void_p),
         ("w", ctypes.c_void_p),
@@ -142,7 +159,7 @@ def convolve(
     x: Tensor,
     weight: Tensor,
     out_size: tuple[int, int],
-    stride: int,
+    stride: tuple[int, int],
     pad: tuple[int, int],
     end: FinishArgs,
     *,
@@ -154,7 +171,7 @@ def convolve(
         x: (B, C, H, W), channels-last; may be some channels of a wider tensor. With `back` the gradient of the output.
         weight: (K, C, I, J); with `back` (C, K, I, J).
         out_size: Height and width of what is written.
-        stride: Of the convolution, in both directions.
+        stride: Of the convolution.
         pad: Zeros above and left of the convolution's input.
         end: Where to write; its rows are (B * OH * OW, K).
         back: Whether the gradient of the input is wanted.
@@ -165,28 +182,32 @@ def convolve(
         w_k, w_c, chans_out = w_c, w_k, weight.shape[1]
     args = _Args(
         *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], pixel_step(x), *out_size, chans_out),
-        *(weight.shape[2], weight.shape[3], stride, *pad, int(back)),
+        *(weight.shape[2], weight.shape[3], *stride, *pad, int(back)),
         *(w_h, w_w, w_c, w_k, native.threads(), x.data_ptr(), weight.data_ptr(), end),
     )
     library = native.load(SOURCE)
-    (library.strided_float if x.dtype == torch.float32 else library.strided_double)(ctypes.byref(args))
+    (library.direct_float if x.dtype == torch.float32 else library.direct_double)(ctypes.byref(args))
 
 
 def main(batch: int = 32, rounds: int = 10) -> None:
-    """Print milliseconds of the kernel and of torch's operator for the layers of Res2Net-50 at 64 px, medians."""
-    for chans, side in ((52, 16), (104, 8), (208, 4)):
+    """Print milliseconds of the kernel and of torch's operators for layers of Res2Net-50 at 64 px, medians."""
+    for chans, out_chans, side, kernel, step in (
+        *((64, 256, 16, 1, 1), (104, 256, 16, 1, 1), (256, 104, 16, 1, 1), (208, 512, 8, 1, 1)),
+        *((52, 52, 16, 3, 2), (104, 104, 8, 3, 2), (208, 208, 4, 3, 2)),
+    ):
         x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(chans, chans, 3, 3).contiguous(memory_format=torch.channels_last)
-        dy = torch.conv2d(x, weight, None, 2, 1)
-        y, dx = torch.empty(dy.numel() // chans, chans), torch.empty(x.numel() // chans, chans)
-        size, half = (side, side), (side // 2, side // 2)
+        weight = torch.randn(out_chans, chans, kernel, kernel).contiguous(memory_format=torch.channels_last)
+        stride, pad = (step, step), (kernel // 2, kernel // 2)
+        dy = torch.conv2d(x, weight, None, stride, pad)
+        y, dx = torch.empty(dy.numel() // out_chans, out_chans), torch.empty(x.numel() // chans, chans)
+        size, made = (side, side), (dy.shape[2], dy.shape[3])
         forms: dict[str, Callable[[], object]] = {
-            "kernel": partial(convolve, x, weight, half, 2, (1, 1), finish(y)),
-            "plain": partial(torch.conv2d, x, weight, None, 2, 1),
-            "kernel, input": partial(convolve, dy, weight, size, 2, (1, 1), finish(dx), back=True),
+            "kernel": partial(convolve, x, weight, made, stride, pad, finish(y)),
+            "plain": partial(torch.conv2d, x, weight, None, stride, pad),
+            "kernel, input": partial(convolve, dy, weight, size, stride, pad, finish(dx), back=True),
             "plain, input": partial(
                 torch.ops.aten.convolution_backward,
-                *(dy, x, weight, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)),
+                *(dy, x, weight, None, stride, pad, (1, 1), False, (0, 0), 1, (True, False, False)),
             ),
         }
         seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -196,7 +217,8 @@ def main(batch: int = 32, rounds: int = 10) -> None:
                 form()
                 seconds[name].append(time.perf_counter() - start)
         line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
-        print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
+        what = f"{kernel}x{kernel}, {chans} -> {out_chans}, {side} x {side}, stride {step}, batch {batch}"
+        print(f"{what}, {torch.get_num_threads()} threads, ms: {line}")
 
 
 if __name__ == "__main__":
