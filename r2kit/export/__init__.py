@@ -306,6 +306,7 @@ def _write_detector(
         np.save(draft / "golden_masks.npy", outlines[0])
         output += "; masks: float32 (objects, height, width), probabilities"
         golden += ", and golden_masks.npy the masks"
+    golden += "; the tolerance is that of scores, of corners in units of 100 pixels and of a mask's probabilities"
     times = _latency(lambda image: find(image), pixels, batches=(1,))
     facts = {
         "input": "pixels: float32 (1, bands, height, width), raw values, resized; normalisation is in the graph",

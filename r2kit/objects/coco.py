@@ -114,6 +114,19 @@ def average_precision(
     return {**result, "recall": _mean(recall[:, :, 0, -1]), "per_class": per_class.tolist()}
 
 
+def count_sizes(truth: Sequence[Objects], *, outlines: bool = False) -> dict[str, int]:
+    """Return how many objects are small, medium and large, crowds apart, by the area of their boxes or masks."""
+    counts = dict.fromkeys(SIZE_WORDS, 0)
+    for item in truth:
+        boxes = np.asarray(item["boxes"], dtype=np.float64).reshape(-1, 4)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        if outlines:
+            areas = np.array([unpack_mask(mask).sum() for mask in item["masks"]])
+        for area in areas[~np.asarray(item["crowd"], dtype=bool)]:
+            counts["small" if area <= 32**2 else "medium" if area <= 96**2 else "large"] += 1
+    return counts
+
+
 @dataclass(frozen=True)
 class Matches:
     """What became of the detections and the objects of one class in one image."""

@@ -22,6 +22,7 @@ from r2kit.result.detection import read_objects, summary_lines
 from r2kit.run import Run, write_atomic
 
 _PICTURE = 720  # pixels of the longer side
+_SEEN = 400  # of an image of a batch, and of one with its evidence: boxes are small in it
 _SHOWN = 8  # images with boxes
 
 
@@ -42,9 +43,9 @@ def write_report(run: Run) -> Path:
         counts=counts_of(run),
         gone=gone,
         charts=charts,
-        batch=[thumbnail_of(tile) for tile in batch],
+        batch=[thumbnail_of(tile, _SEEN) for tile in batch],
         pictures=[thumbnail_of(tile, _PICTURE) for tile in pictures],
-        explained=[thumbnail_of(tile) for tile in explained],
+        explained=[thumbnail_of(tile, _SEEN) for tile in explained],
         evidence_words=evidence_words,
         commands=commands_of(run),
     )

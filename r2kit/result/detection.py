@@ -189,6 +189,7 @@ def _figures(
         result[name] = interval.to_dict()
     for name in ("map_small", "map_medium", "map_large", "recall"):
         result[name] = _finite(figures[name])
+    result["objects_by_size"] = coco.count_sizes(truth, outlines=outlines)
     result["per_class"] = [_finite(value) for value in figures["per_class"]]
     return result
 
@@ -236,8 +237,10 @@ def summary_lines(result: Result) -> list[str]:
     of = f"{result['split']} images: {result['images']}, {objects}, {result['found']} found"
     lines = [of, f"mean average precision of {word}: {_share(result['map'])}"]
     lines.append(f"  at an overlap of 0.5: {_share(result['map_50'])}; of 0.75: {_share(result['map_75'])}")
+    counts = result.get("objects_by_size", {})  # which older results lack
     sizes = [
         f"{name} ({coco.SIZE_WORDS[name]}) {100 * result[f'map_{name}']:.1f} %"
+        + (f" ({counts[name]})" if name in counts else "")
         for name in ("small", "medium", "large")
         if result[f"map_{name}"] is not None
     ]

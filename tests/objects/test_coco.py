@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from r2kit.objects.coco import PrecisionOf, average_precision, match, pack_mask, unpack_mask
+from r2kit.objects.coco import PrecisionOf, average_precision, count_sizes, match, pack_mask, unpack_mask
 
 
 def precision_of(matches):
@@ -63,6 +63,7 @@ def test_perfect_detections():
     assert figures["map"] == figures["map_50"] == figures["map_75"] == pytest.approx(1.0)
     assert figures["map_small"] == figures["map_medium"] == pytest.approx(1.0)
     assert math.isnan(figures["map_large"])
+    assert count_sizes([truth, truth]) == {"small": 2, "medium": 2, "large": 0}
     assert figures["recall"] == pytest.approx(1.0)
     assert figures["per_class"][0] == pytest.approx(1.0)
     assert figures["per_class"][2] == pytest.approx(1.0)

@@ -57,11 +57,15 @@ def test_the_figures_are_the_librarys_with_intervals_around_them():
     assert result["map_small"] == pytest.approx(library["map_small"])
     assert [row["map"] for row in result["per_class"]] == pytest.approx(library["per_class"])
     assert sum(row["objects"] for row in result["per_class"]) == result["objects"]
+    assert sum(result["objects_by_size"].values()) == result["objects"]
     json.dumps(result, allow_nan=False)
     assert result == compute(table, CLASSES, split="test")
     said = "\n".join(summary_lines(result))
     assert "95 % interval" in said
     assert "by class: car" in said
+    assert (
+        f"small (up to 32 x 32 pixels) {100 * result['map_small']:.1f} % ({result['objects_by_size']['small']})" in said
+    )
 
 
 def test_groups_are_drawn_whole():
