@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class R2kitError(Exception):
@@ -84,6 +86,30 @@ def did_you_mean(name: str, options: Iterable[str], limit: int = 1) -> str:
     if not near:
         return ""
     return "; did you mean " + " or ".join(f"'{lowered[n]}'" for n in near) + "?"
+
+
+@contextmanager
+def naming(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
+    """Turn whatever a library raises about the bytes of a file into a `DataError` that names the file.
+
+    Args:
+        path: The file.
+        what: What went wrong, for the message.
+
+    Raises:
+        DataError: In place of any other exception; errors of r2kit pass.
+    """
+    try:
+        yield
+    except R2kitError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: does not fit into memory") from error
+    except Exception as error:  # decoders raise nearly anything: SyntaxError, struct.error, GDAL's own, ...
+        reason = str(error).strip().splitlines()
+        raise DataError(f"{path}: {what}: {reason[0] if reason else type(error).__name__}") from error
 
 
 def require(module: str, package: str, extra: str, purpose: str) -> None:

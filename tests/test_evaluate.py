@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -186,3 +187,39 @@ def test_unknown_or_empty_split_is_refused(run, tmp_path):
     assert evaluate(run)["split"] == "val"  # the reported split of a run without a test
     with pytest.raises(DataError, match="has no split 'val', only all images together"):
         evaluate(run, data=make_images(tmp_path / "elsewhere", 2), split="val")
+
+
+def test_images_that_the_run_learned_from_are_counted_in_other_data(run, tmp_path):
+    held = pd.read_parquet(run.split_file)
+    root = Path(run.recipe.data.root)
+    other = make_images(tmp_path / "elsewhere", 2, seed=9)
+    fresh = evaluate(run, data=other)
+    assert fresh["known"] == {"images": 6, "train": 0, "val": 0}
+    assert not any("trained on" in line for line in summary_lines(fresh))
+    for part, count in (("train", 3), ("val", 1), ("test", 2)):
+        for i, identity in enumerate(held["id"][held["split"] == part].iloc[:count]):
+            shutil.copy(root / identity, other / Path(identity).parts[0] / f"{part}-{i}.png")  # under another name
+    found = evaluate(run, data=other)
+    assert found["known"] == {"images": 12, "train": 3, "val": 1}
+    assert summary_lines(found)[0] == (
+        "of these 12 images 3 were trained on by this run and 1 chose its best epoch: the figures are better than on "
+        "images that it never saw"
+    )
+    assert json.loads((run.path / "metrics_elsewhere.json").read_text())["known"] == found["known"]
+    assert "known" not in evaluate(run)
+
+    # Runs of before hold no hashes: their images are known by their place.
+    held.drop(columns="pixels").to_parquet(run.split_file, index=False)
+    assert evaluate(run, data=other)["known"] == {"images": 12, "train": 0, "val": 0}
+    counts = held["split"].value_counts()
+    assert evaluate(run, data=root)["known"] == {"images": len(held), "train": counts["train"], "val": counts["val"]}
+
+
+@pytest.mark.parametrize("kind", ["several_run", "pond_run", "salient_run", "detection_run"])
+def test_every_kind_of_task_counts_the_images_that_it_learned_from(kind, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(kind).path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    counts = pd.read_parquet(run.split_file)["split"].value_counts()
+    found = evaluate(run, data=run.recipe.data.root, split="all")
+    assert found["known"] == {"images": counts.sum(), "train": counts["train"], "val": counts["val"]}
+    assert summary_lines(found)[0].startswith(f"of these {counts.sum()} images {counts['train']} were trained on")

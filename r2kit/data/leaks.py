@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from r2kit.data.findings import Finding, Kind
 from r2kit.data.perceptual import near_copies
 from r2kit.data.sources import Source
-from r2kit.data.splits import PARTS, Split
+from r2kit.data.splits import PARTS, Split, distinct_pixels
 from r2kit.data.stratify import absent, membership
 from r2kit.errors import DataError
 
@@ -50,7 +50,7 @@ def find_leaks(source: Source, split: Split, pixels: np.ndarray | None = None) -
     groups = manifest["group"].to_numpy(dtype=object)
     searches: list[tuple[Kind, str, np.ndarray]] = [("groups", "of the same group", _same(groups, rank))]
     if pixels is None and source.contents is not None:
-        pixels = source.contents["pixels"].where(~source.contents["flat"].astype(bool)).to_numpy(dtype=object)
+        pixels = distinct_pixels(source.contents)
     if pixels is not None:
         searches.insert(0, ("duplicates", "with the same pixels", _same(pixels, rank)))
     if source.contents is not None:

@@ -23,7 +23,7 @@ from r2kit.data.sources import DenseSource, Target, fingerprint_of, loader_worke
 from r2kit.data.stacks import name_of
 from r2kit.data.table import list_table
 from r2kit.data.targets import IGNORE, MaskTarget
-from r2kit.errors import DataError, did_you_mean
+from r2kit.errors import DataError, did_you_mean, naming
 from r2kit.recipe import DataSpec, MaskSpec
 
 _CHECK = 1  # raise when masks are read in another way
@@ -282,25 +282,19 @@ def read_mask(path: str | Path, *, colours: bool = False) -> np.ndarray:
 
 def _png_values(path: Path) -> np.ndarray:
     """Values of a PNG: positions of a palette, 0 and 1, or grey."""
-    try:
-        with path.open("rb") as file:
-            picture: Image.Image = PngImagePlugin.PngImageFile(file)
-            if picture.height * picture.width * 8 > MAX_IMAGE_BYTES:
-                raise DataError(f"{path}: {picture.height} x {picture.width} pixels are too many; cut it into tiles")
-            if picture.mode in ("P", "1", "L", "I;16", "I"):
-                return np.asarray(picture).astype(np.int64)
-    except DataError:
-        raise
-    except Exception as error:  # broken bytes make decoders raise nearly anything
-        reason = str(error).strip().splitlines()
-        raise DataError(f"{path}: cannot be decoded: {reason[0] if reason else type(error).__name__}") from error
+    with naming(path, "cannot be decoded"), path.open("rb") as file:
+        picture: Image.Image = PngImagePlugin.PngImageFile(file)
+        if picture.height * picture.width * 8 > MAX_IMAGE_BYTES:
+            raise DataError(f"{path}: {picture.height} x {picture.width} pixels are too many; cut it into tiles")
+        if picture.mode in ("P", "1", "L", "I;16", "I"):
+            return np.asarray(picture).astype(np.int64)
     return _grey(path, read_image(path))
 
 
 def _tiff_values(path: Path) -> np.ndarray:
     """Values of a single-band TIFF, also of one with a palette."""
     read_image(path)  # its checks and messages
-    with open_raster(path) as dataset:
+    with naming(path, "cannot be decoded"), open_raster(path) as dataset:
         if dataset.count == 1:
             values = dataset.read(1)
             if values.dtype.kind == "f":

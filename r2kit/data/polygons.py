@@ -12,7 +12,7 @@ import rasterio.warp
 from affine import Affine
 
 from r2kit.data.targets import IGNORE
-from r2kit.errors import DataError, did_you_mean, require
+from r2kit.errors import DataError, did_you_mean, naming, require
 
 
 class Polygons:
@@ -37,18 +37,13 @@ class Polygons:
         if not path.is_file():
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(f"{path}: no such file{did_you_mean(path.name, near)}")
-        try:
+        with naming(path, "cannot be read as polygons"):
             fields = pyogrio.read_info(path)["fields"].tolist()
             if attribute is not None and attribute not in fields:
                 has = f"it has {', '.join(fields)}" if fields else "it has none"
                 raise DataError(f"{path}: no attribute '{attribute}'; {has}{did_you_mean(attribute, fields)}")
             meta, _, wkb, columns = pyogrio.raw.read(path, columns=[] if attribute is None else [attribute])
-        except DataError:
-            raise
-        except Exception as error:  # GDAL's readers raise several unrelated classes
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"{path}: cannot be read as polygons: {reason}") from error
-        shapes = shapely.from_wkb(wkb)
+            shapes = shapely.from_wkb(wkb)
         kinds = shapely.get_type_id(shapes)  # 3 and 6: polygons and their collections
         wrong = np.flatnonzero(~np.isin(kinds, (3, 6)) & (kinds >= 0))
         if len(wrong):
@@ -67,6 +62,7 @@ class Polygons:
         if background is not None:
             self.classes = (background, *(name for name in found if name != background))
         self.fill = IGNORE if background is None else 0
+        self.path = path
         self.crs = str(meta["crs"])
         self.shapes = [shapes[i] for i in kept.tolist()]
         self.position = [self.classes.index(values[i]) for i in kept.tolist()]
@@ -75,8 +71,16 @@ class Polygons:
         """Return the polygons in another coordinate system."""
         from shapely.geometry import mapping, shape
 
-        there = rasterio.warp.transform_geom(self.crs, crs, [mapping(one) for one in self.shapes])
-        return PlacedPolygons([shape(one) for one in there], self.position, self.fill)
+        with naming(self.path, "its polygons cannot be brought to the coordinates of the raster"):
+            there = rasterio.warp.transform_geom(self.crs, crs, [mapping(one) for one in self.shapes])
+            placed = [shape(one) for one in there]
+        lost = next((i for i, one in enumerate(placed) if one.is_empty or not np.isfinite(one.bounds).all()), None)
+        if lost is not None:
+            raise DataError(
+                f"{self.path}: polygon {lost + 1} has no place in the coordinates of the raster; is its coordinate "
+                f"system, {self.crs}, the right one?"
+            )
+        return PlacedPolygons(placed, self.position, self.fill)
 
 
 class PlacedPolygons:

@@ -29,9 +29,10 @@ from r2kit.data.reader import choose_bands, describe_raster, find_images, keep_r
 from r2kit.data.sources import fingerprint_of
 from r2kit.data.stacks import name_of
 from r2kit.data.targets import IGNORE, MaskTarget
-from r2kit.errors import DataError
+from r2kit.errors import DataError, naming
 from r2kit.recipe import DataSpec, Target
 
+_MOST_TILES = 4_000_000  # each is read once before training; a header may say anything
 _OUTSIDE = -1  # a pixel of a mask raster's grid without a value
 
 
@@ -166,10 +167,8 @@ class RasterTiles:
         number, y, x = (int(value) for value in place)
         sheet = self._sheets[number]
         height, width = sheet.inside(y, x, self.tile)
-        try:
+        with naming(sheet.path, f"cannot be read at row {y}, column {x}"):
             raw = self._open.get(sheet.path).read(sheet.positions, window=Window(x, y, width, height))
-        except rasterio.errors.RasterioError as error:
-            raise DataError(f"{sheet.path}: cannot be read at row {y}, column {x}: {error}") from error
         below, right = self.tile - height, self.tile - width
         filled: np.ndarray = np.pad(raw, ((0, 0), (0, below), (0, right)), mode="edge").transpose(1, 2, 0)
         return np.ascontiguousarray(filled)
@@ -193,7 +192,9 @@ class RasterTiles:
         values, counts = np.unique(measured, return_counts=True)
         corners = [place_of(sheet.transform, x + dx, y + dy) for dx in (0, self.tile) for dy in (0, self.tile)]
         xs, ys = [c[0] for c in corners], [c[1] for c in corners]
-        lon, lat = rasterio.warp.transform(sheet.crs, "EPSG:4326", [(min(xs) + max(xs)) / 2], [(min(ys) + max(ys)) / 2])
+        middle = [(min(xs) + max(xs)) / 2], [(min(ys) + max(ys)) / 2]
+        with naming(sheet.path, "its coordinates cannot be brought to degrees"):
+            lon, lat = rasterio.warp.transform(sheet.crs, "EPSG:4326", *middle)
         return {
             "values": values.tolist(),
             "counts": counts.tolist(),
@@ -239,11 +240,9 @@ class _OpenRasters:
             self.datasets, self.process = {}, os.getpid()
         key = path if make is None else f"{path}#{make.key}"
         if key not in self.datasets:
-            try:
+            with naming(path, "cannot be opened"):
                 dataset = keep_raster_open(Path(path))
-            except rasterio.errors.RasterioError as error:
-                raise DataError(f"{path}: cannot be opened: {error}") from error
-            self.datasets[key] = dataset if make is None else make.over(dataset)
+                self.datasets[key] = dataset if make is None else make.over(dataset)
         return self.datasets[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,10 +299,13 @@ class _Mask:
     def read(self, rasters: _OpenRasters, sheet: _Sheet, window: Window) -> np.ndarray:
         """Values over a window of the raster, `_OUTSIDE` where the mask has none."""
         mask = rasters.get(self.path, self)
-        values = mask.read(1, window=window)
-        if values.dtype.kind == "f":
-            values = np.where(np.isfinite(values), values, _OUTSIDE)
-        codes: np.ndarray = np.where(mask.read_masks(1, window=window) == 0, _OUTSIDE, values.astype(np.int64))
+        with naming(self.path, f"cannot be read at row {window.row_off}, column {window.col_off}"):
+            values = mask.read(1, window=window)
+            if values.dtype.kind not in "iuf":
+                raise DataError(f"{self.path}: holds {values.dtype}; the values of a mask are whole numbers")
+            if values.dtype.kind == "f":
+                values = np.where(np.isfinite(values), values, _OUTSIDE)
+            codes: np.ndarray = np.where(mask.read_masks(1, window=window) == 0, _OUTSIDE, values.astype(np.int64))
         return codes
 
 
@@ -315,19 +317,22 @@ def _describe(spec: DataSpec, files: list[Path]) -> tuple[list[_Sheet], tuple[st
     sheets: list[_Sheet] = []
     first: tuple[Any, ...] | None = None
     for path in files:
-        try:
-            with open_raster(path) as dataset:
-                info, kept, palette = describe_raster(dataset, path)
-                if palette is not None:
-                    raise DataError(f"{path}: is a palette picture; a raster of measurements is needed")
-                if dataset.crs is None or dataset.transform.is_identity:
-                    raise DataError(f"{path}: is not georeferenced; use data.source=folder for plain pictures")
-                names = info.bands if spec.bands is None else choose_bands(spec.bands, info.bands, str(path))
-                positions = tuple(kept[info.bands.index(name)] + 1 for name in names)
-                identity = name_of(path).name if len(files) == 1 else f"{name_of(path).name}-{_short(path)}"
-                sheets.append(_Sheet(str(path), identity, dataset.shape, dataset.crs, dataset.transform, positions))
-        except rasterio.errors.RasterioError as error:
-            raise DataError(f"{path}: cannot be opened as a raster: {error}") from error
+        with naming(path, "cannot be opened as a raster"), open_raster(path) as dataset:
+            info, kept, palette = describe_raster(dataset, path)
+            if palette is not None:
+                raise DataError(f"{path}: is a palette picture; a raster of measurements is needed")
+            if dataset.crs is None or dataset.transform.is_identity:
+                raise DataError(f"{path}: is not georeferenced; use data.source=folder for plain pictures")
+            names = info.bands if spec.bands is None else choose_bands(spec.bands, info.bands, str(path))
+            positions = tuple(kept[info.bands.index(name)] + 1 for name in names)
+            identity = name_of(path).name if len(files) == 1 else f"{name_of(path).name}-{_short(path)}"
+            sheets.append(_Sheet(str(path), identity, dataset.shape, dataset.crs, dataset.transform, positions))
+        side = spec.rasters.tile
+        if (count := -(-sheets[-1].size[0] // side) * -(-sheets[-1].size[1] // side)) > _MOST_TILES:
+            raise DataError(
+                f"{path}: {sheets[-1].size[0]} x {sheets[-1].size[1]} pixels are {count} tiles of {side}, more than "
+                f"{_MOST_TILES}; use a larger data.rasters.tile, or a part of the raster"
+            )
         common = (names, info.dtype, info.scale, None if info.nodata is None else float(info.nodata))
         if first is None:
             first = common

@@ -23,7 +23,7 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
 from r2kit.data.stacks import BandFile, parts_of, stack_files, virtual_raster
-from r2kit.errors import DataError, did_you_mean
+from r2kit.errors import DataError, did_you_mean, naming
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 2**30
@@ -205,7 +205,7 @@ def _decode(
     max_bytes: int | None = None,
 ) -> tuple[ImageInfo, np.ndarray]:
     """Read header and pixels; turn everything that goes wrong into a `DataError` naming the file."""
-    try:
+    with naming(path, "cannot be decoded"):
         kind = _sniff(path)
         if kind in _RASTER_DRIVERS:
             return _decode_raster(path, _RASTER_DRIVERS[kind], bands, place, max_bytes or MAX_IMAGE_BYTES)
@@ -214,15 +214,6 @@ def _decode(
         if places is not None:
             pixels = np.ascontiguousarray(pixels[..., places])
         return info, pixels
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: does not fit into memory") from error
-    except Exception as error:  # broken bytes make decoders raise nearly anything: SyntaxError, struct.error, ...
-        reason = str(error).strip().splitlines()
-        raise DataError(f"{path}: cannot be decoded: {reason[0] if reason else type(error).__name__}") from error
 
 
 def _places(bands: Sequence[str | int] | None, info: ImageInfo, path: Path) -> list[int] | None:

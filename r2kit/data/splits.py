@@ -78,9 +78,19 @@ class Split:
         blocks = self.blocks[rows[order]] if self.blocks is not None else None
         return pd.DataFrame({"id": manifest["id"].to_numpy()[rows[order]], "split": parts[order], "block": blocks})
 
-    def save(self, path: Path, manifest: pd.DataFrame) -> None:
-        """Write `to_frame` as Parquet."""
-        self.to_frame(manifest).to_parquet(path, index=False)
+    def save(self, path: Path, manifest: pd.DataFrame, contents: pd.DataFrame | None = None) -> None:
+        """Write `to_frame` as Parquet, with the hash of each image's pixels by which other data can be compared.
+
+        Args:
+            path: File to write.
+            manifest: Of the source.
+            contents: Of the source, see `r2kit.data.sources.Source`; None where the images are no files.
+        """
+        frame = self.to_frame(manifest)
+        if contents is not None:
+            pixels = distinct_pixels(contents)
+            frame["pixels"] = pd.Series(pixels, index=manifest["id"].to_numpy())[frame["id"]].to_numpy(object)
+        frame.to_parquet(path, index=False)
 
     @classmethod
     def load(cls, path: Path, manifest: pd.DataFrame) -> Split:
@@ -266,6 +276,12 @@ def _check_classes(
         names = ", ".join(classes[c] for c in lost)
         few = "spatial blocks of it; try a smaller block_degrees" if kind == "blocks" else "groups of it"
         notes.append(f"no {title} image of {names}: too few {few}")
+
+
+def distinct_pixels(contents: pd.DataFrame) -> np.ndarray:
+    """Return the hash of each image's pixels (N,), None for images of one colour: these are equal by nature."""
+    pixels = contents["pixels"]
+    return pixels.where(~contents["flat"].astype(bool)).astype(object).where(lambda p: p.notna(), None).to_numpy()
 
 
 def write_splits(source: Source, spec: DataSpec, seed: int, out: Path) -> list[tuple[Path, Split]]:

@@ -14,9 +14,11 @@ from r2kit.data.files import SEPARATOR, ImageFiles, labels_of
 from r2kit.data.folder import PART_OF_FOLDER
 from r2kit.data.reader import find_images
 from r2kit.data.stacks import files_of, parts_of, stack_path
-from r2kit.errors import DataError, did_you_mean
+from r2kit.errors import DataError, did_you_mean, naming
 
 COLUMNS = ("path", "label", "mask", "split", "group", "lon", "lat")
+_SHOWN = 200  # characters of a cell in a message
+_LONGEST = 4096  # characters of a path, on every system
 _MEANT = {  # what people write for a column: overlooking it could let a group leak, so it is asked about
     "path": ("file", "filename", "filepath", "file_path", "image", "image_path", "img"),
     "label": ("class", "class_name", "category", "target"),
@@ -80,7 +82,7 @@ def read_table(path: Path, what: str) -> pd.DataFrame:
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{did_you_mean(path.name, near)}")
-    try:
+    with naming(path, f"cannot be read as {what}"):
         if path.suffix.lower() == ".parquet":
             frame = pd.read_parquet(path)
             frame = pd.DataFrame({str(name): [_text(cell) for cell in frame[name]] for name in frame.columns})
@@ -88,11 +90,6 @@ def read_table(path: Path, what: str) -> pd.DataFrame:
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
         else:
             raise DataError(f"{path}: a table is a .csv or .parquet file")
-    except DataError:
-        raise
-    except Exception as error:  # the parsers raise several unrelated classes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as {what}: {reason}") from error
     if isinstance(frame.index, pd.MultiIndex) or not isinstance(frame.index, pd.RangeIndex):
         raise DataError(f"{path}: has more cells in a row than columns in its header")
     if frame.empty:
@@ -163,7 +160,12 @@ def list_table(
     if several:
         frame["label"] = [SEPARATOR.join(labels_of(cell)) for cell in frame["label"]]
     for name in ("path", "mask")[: 2 if carried == "mask" else 1]:
-        frame[name] = [_tidy(path) for path in frame[name]]
+        no_path = frame[name].str.contains("\0", regex=False) | (frame[name].str.len() > _LONGEST)
+        _refuse(table, frame, no_path, f"have a {name} that no file can have", cell=name)
+        try:
+            frame[name] = [_tidy(path) for path in frame[name]]
+        except DataError as error:  # of a stack of bands
+            raise DataError(f"{table}: {error}") from error
         outside = frame[name].map(_leaves)
         if not allow_outside:
             what = f"have a {name} outside the table's folder"
@@ -296,4 +298,5 @@ def _refuse(
     if wrong.any():
         at = int(np.flatnonzero(wrong.to_numpy())[0])
         came = frame[cell].iloc[at]
-        raise DataError(f"{table}: {int(wrong.sum())} of {len(frame)} rows {what}, first row {at + 1}: '{came}'{mend}")
+        came = repr(came if len(came) <= _SHOWN else f"{came[:_SHOWN]}...")  # one line, whatever it holds
+        raise DataError(f"{table}: {int(wrong.sum())} of {len(frame)} rows {what}, first row {at + 1}: {came}{mend}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r2kit import result
 from r2kit.evaluate import classification, detection, multilabel, saliency, segmentation
-from r2kit.evaluate.target import Result
+from r2kit.evaluate.target import Result, known_line
 from r2kit.result import detection as result_of_detection
 from r2kit.result import multilabel as result_of_multilabel
 from r2kit.result import saliency as result_of_saliency
@@ -74,4 +74,5 @@ def summary_lines(found: Result) -> list[str]:
         "detection": result_of_detection.summary_lines,
         "instance": result_of_detection.summary_lines,
     }
-    return lines[found.get("task", "classification")](found)
+    warning = known_line(found)
+    return [*([] if warning is None else [warning]), *lines[found.get("task", "classification")](found)]

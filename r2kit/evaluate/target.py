@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from r2kit.data.datamodule import DataModule
 from r2kit.data.sources import Source
-from r2kit.data.splits import PARTS
+from r2kit.data.splits import PARTS, distinct_pixels
 from r2kit.errors import DataError, RunError, did_you_mean
 from r2kit.recipe import DataSpec
 from r2kit.run import Run, write_atomic
@@ -148,8 +148,46 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
     os.replace(draft, path)
 
 
+def known_to(run: Run, target: Target) -> Result:
+    """Count the images of other data that the run knows from its training: by their pixels, or by their paths.
+
+    Paths stand in where the run holds no hashes of pixels, as those of earlier versions do, or images are no files.
+
+    Returns:
+        `images`: evaluated; `train`: learned from; `val`: used to choose the epoch.
+    """
+    held = run.read_table(run.split_file)
+    manifest = target.source.manifest.iloc[target.rows]
+    if "pixels" in held and held["pixels"].notna().any() and target.source.contents is not None:
+        known, key = held["pixels"], pd.Series(distinct_pixels(target.source.contents)[target.rows])
+    else:
+        root = Path(run.recipe.data.root or ".")
+        folder = root if root.is_dir() else root.parent
+        known = held["id"].map(lambda identity: str((folder / str(identity)).resolve()))
+        key = manifest["path"].map(lambda path: str(Path(path).resolve()))
+    found = {"images": len(manifest)}
+    for part in ("train", "val"):
+        found[part] = int(key.isin(set(known[held["split"] == part].dropna())).sum())
+    return found
+
+
+def known_line(found: Result) -> str | None:
+    """Return the warning about images that the run knows from its training, None where there are none."""
+    known = found.get("known")
+    if not known or known["train"] + known["val"] == 0:
+        return None
+    words = (("train", "were trained on by this run"), ("val", "chose its best epoch"))
+    said = " and ".join(f"{known[part]} {what}" for part, what in words if known[part])
+    return f"of these {known['images']} images {said}: the figures are better than on images that it never saw"
+
+
 def write_result(run: Run, target: Target, result: Result) -> None:
-    """Write figures as JSON: those of the reported split to `run.metrics_json`, others to a file beside it."""
+    """Write figures as JSON: those of the reported split to `run.metrics_json`, others to a file beside it.
+
+    Of other data than the run's, `result` also gets `known`, see `known_to`.
+    """
+    if target.module is None:
+        result["known"] = known_to(run, target)
     reported = target.module is not None and target.name == reported_split(run)
     file = run.metrics_json if reported else run.metrics_json.with_stem(f"{run.metrics_json.stem}_{target.name}")
     write_atomic(file, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -55,7 +55,7 @@ def save_run(learn: Learner, out: str | Path | None = None, *, overwrite: bool =
         recipe = recipe.model_copy(update={"train": _as_trained(side)})
     run = Run.create(recipe, out, overwrite=overwrite)
     data.preprocess.save(run.preprocess_file)
-    data.split.save(run.split_file, data.source.manifest)
+    data.split.save(run.split_file, data.source.manifest, data.source.contents)
     model = learn.model
     if isinstance(model, ScaleNet) and recipe.model.structure is not None:
         save_structure(model.structure, run.structure_file)

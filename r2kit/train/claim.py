@@ -85,7 +85,7 @@ def write_beginning(job: Job, run: Run) -> None:
     job.data.preprocess.save(run.preprocess_file)
     if isinstance(job.model, ScaleNet) and job.recipe.model.structure is not None:
         save_structure(job.model.structure, run.structure_file)
-    job.data.split.save(run.split_file, job.data.source.manifest)
+    job.data.split.save(run.split_file, job.data.source.manifest, job.data.source.contents)
     run.write_info(
         state="training",
         versions=installed_versions(),

@@ -73,6 +73,8 @@ def _load(file: Path) -> dict[str, Any]:
         data = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: is no JSON: {error.msg}") from None
+    except ValueError:  # the interpreter reads no whole number of thousands of digits
+        raise DataError(f"{file}: holds a number of more digits than any id or size has") from None
     except RecursionError:
         raise DataError(f"{file}: is nested too deeply") from None
     for key in ("images", "annotations", "categories"):

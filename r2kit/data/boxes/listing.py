@@ -119,7 +119,9 @@ def inside(root: Path, named: str, where: str) -> Path:
     """
     written = named.replace("\\", "/")
     path = Path(written)
-    if not written.strip() or path.is_absolute() or ".." in path.parts or ":" in written[:2]:
+    odd = "\0" in written or len(written) > 4096
+    if odd or not written.strip() or path.is_absolute() or ".." in path.parts or ":" in written[:2]:
+        named = named if len(named) <= 200 else f"{named[:200]}..."
         raise DataError(f"{where}: image '{named}' is no path inside {root}")
     return root / path
 
