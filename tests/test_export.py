@@ -14,9 +14,10 @@ from r2kit import cli, export
 from r2kit.data.preprocess import Preprocess
 from r2kit.errors import MissingExtraError, RunError
 from r2kit.export import formats
-from r2kit.export.accuracy import Loss
+from r2kit.export.accuracy import Loss, measure_losses
 from r2kit.export.network import Deployed, any_size, fold_batch_norm, trace
 from r2kit.predict import predict
+from r2kit.result.paired import judge, stored_predictions
 from r2kit.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters deprecate parts of themselves in every release
@@ -199,3 +200,17 @@ def test_a_missing_package_is_named_before_any_work(finished_run, monkeypatch):
     monkeypatch.setattr(formats, "require", missing)
     with pytest.raises(MissingExtraError, match=r"r2kit\[export\]"):
         export.export(finished_run, ["onnx"])
+
+
+@pytest.mark.parametrize("kind", ["pond_run", "salient_run", "finished_run"])
+def test_what_an_export_loses_is_measured_as_the_run_was_evaluated(kind, request):
+    run = request.getfixturevalue(kind)
+    module = run.datamodule()
+    module.setup()
+    plain = export._plain(Deployed(run.model(), run.preprocess).eval())
+    half = measure_losses(run, module, plain, {"same": plain, "flat": lambda pixels: 0 * plain(pixels) + 0.5})
+    stored = judge(run.recipe.task.kind, stored_predictions(run), run.preprocess.classes)
+    assert half["same"].value == 0.0
+    # Whole images, in the tiles and with the overlap of the evaluation; rounding may turn a pixel.
+    assert half["same"].pytorch == pytest.approx(stored.value, abs=2e-3)
+    assert half["flat"].value < 0.0

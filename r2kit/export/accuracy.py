@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from r2kit.data.datamodule import DataModule
 from r2kit.data.dense import known_mask
@@ -20,6 +21,8 @@ from r2kit.data.targets import IGNORE
 from r2kit.dense.metrics import confusion_counts
 from r2kit.dense.saliency import f_curve
 from r2kit.export.formats import Answer
+from r2kit.inference import PixelClassifier
+from r2kit.recipe import SaliencySpec, SegmentationSpec
 from r2kit.result import PROBABILITY
 from r2kit.result.paired import FIGURES, difference, judge, reported_split, stored_predictions
 from r2kit.run import Run
@@ -79,15 +82,18 @@ def measure_losses(run: Run, module: DataModule, plain: Answer, answers: Mapping
     rows = module.split.rows(split)
     if len(rows) > MOST_IMAGES:
         rows = rows[np.linspace(0, len(rows), MOST_IMAGES, endpoint=False).astype(int)]
-    prepare, kind = fixed_size(module.preprocess), run.recipe.task.kind
+    kind, task = run.recipe.task.kind, run.recipe.task
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *answers)}
     for first in range(0, len(rows), _BATCH):
         some = rows[first : first + _BATCH]
         raws = [module.source.read(int(row)) for row in some]
-        truths = [_truth(kind, module, prepare, int(row), raw) for row, raw in zip(some, raws, strict=True)]
-        pixels = torch.stack([prepare.fit(raw).float() for raw in raws]).numpy()
+        truths = [_truth(kind, module, int(row), raw) for row, raw in zip(some, raws, strict=True)]
         for name, answer in (("", plain), *answers.items()):
-            found = answer(pixels)
+            if isinstance(task, SegmentationSpec | SaliencySpec):
+                for probs, truth in zip(_maps(answer, module.preprocess, task.overlap, raws), truths, strict=True):
+                    tables[name].append(_row(run, probs[0], np.where(probs[1], truth, np.uint8(IGNORE))))
+                continue
+            found = answer(torch.stack([module.preprocess.fit(raw).float() for raw in raws]).numpy())
             tables[name] += [_row(run, probs, truth) for probs, truth in zip(found, truths, strict=True)]
     ids = module.source.manifest["id"].to_numpy(object)[rows]
     stored = stored_predictions(run)
@@ -103,14 +109,47 @@ def measure_losses(run: Run, module: DataModule, plain: Answer, answers: Mapping
     return losses
 
 
-def _truth(kind: str, module: DataModule, prepare: Preprocess, row: int, raw: NDArray[Any]) -> Any:
-    """What an image is: its class, its labels, or its mask as the network sees it."""
+class _AsLogits(nn.Module):
+    """An export's answers as a network of normalised images: what `PixelClassifier` puts together to whole images.
+
+    Logarithms of probabilities differ from logits by one number for all classes of a pixel, which no mean over tiles
+    and no resizing turns into a difference between classes.
+    """
+
+    def __init__(self, answer: Answer, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.answer = answer
+        self.mean, self.std = (
+            torch.tensor(values)[:, None, None] * preprocess.scale for values in (preprocess.mean, preprocess.std)
+        )
+
+    def forward(self, batch: Tensor) -> Tensor:
+        raw = batch * self.std + self.mean  # exports normalise by themselves; what is filled up is the mean
+        found = torch.from_numpy(np.asarray(self.answer(raw.contiguous().numpy()), dtype=np.float32))
+        return found.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def _maps(
+    answer: Answer, preprocess: Preprocess, overlap: float, raws: Sequence[NDArray[Any]]
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """Probabilities (K, H, W) of whole images, in tiles where the run has tiles, and where they were seen.
+
+    It is the way in which a run is evaluated, so that the figure of PyTorch is that of `r2kit evaluate`.
+    """
+    whole = PixelClassifier(
+        _AsLogits(answer, preprocess), preprocess, overlap, "cpu", channels_last=False, batch_size=_BATCH
+    )
+    return whole([preprocess.apply(raw) for raw in raws], [raw.shape[:2] for raw in raws])
+
+
+def _truth(kind: str, module: DataModule, row: int, raw: NDArray[Any]) -> Any:
+    """What an image is: its class, its labels, or its mask in the image's own pixels."""
     if kind == "classification":
         return int(module.labels[row])
     if kind == "multilabel":
         return np.flatnonzero(module.labels[row])
-    mask = known_mask(module.source.read_target(row).mask, raw, prepare.nodata, module.remapped)  # type: ignore[attr-defined]
-    return prepare.fit_mask(mask).numpy()
+    mask = module.source.read_target(row).mask  # type: ignore[attr-defined]
+    return known_mask(mask, raw, module.preprocess.nodata, module.remapped)
 
 
 def _row(run: Run, probs: NDArray[np.float32], truth: Any) -> dict[str, Any]:

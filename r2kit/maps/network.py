@@ -59,7 +59,9 @@ class TileNetwork:
         """(H, W) of a tile of the scene in pixels."""
         size = run.preprocess.size
         if self.tile != own:
-            size = (_rounded(self.tile[0] * size[0] / own[0]), _rounded(self.tile[1] * size[1] / own[1]))
+            size = (round(self.tile[0] * size[0] / own[0]), round(self.tile[1] * size[1] / own[1]))
+        self._size = size
+        self._fill = (0, 0) if self.tile == own else (-size[0] % _MULTIPLE, -size[1] % _MULTIPLE)
         self._preprocess = dataclasses.replace(run.preprocess, size=size, resize="squash")
         self.device = choose_device(device)
         self._layout = memory_format(run.recipe.train.channels_last)
@@ -67,8 +69,15 @@ class TileNetwork:
         self._model = run.model().eval().to(self.device, torch.float32).to(memory_format=self._layout)
 
     def prepare(self, raw: NDArray[np.generic]) -> Tensor:
-        """Return the network's input (C, h, w) of a raw tile (H, W, C)."""
-        return self._preprocess.apply(raw)
+        """Return the network's input (C, h, w) of a raw tile (H, W, C), on the scale of the training images.
+
+        A tile of another size than the run's is filled up below and to the right with its own rim, to a size that every
+        network takes: resizing it to that size would show the network another scale than it learned.
+        """
+        image = self._preprocess.apply(raw)
+        if self._fill == (0, 0):
+            return image
+        return F.pad(image[None], (0, self._fill[1], 0, self._fill[0]), mode="replicate")[0]
 
     @torch.inference_mode()
     def __call__(self, tiles: Sequence[Tensor]) -> list[NDArray[np.float32]]:
@@ -89,7 +98,7 @@ class TileNetwork:
         """Probabilities of tiles seen in one of the orientations, in the places of the tiles as they are."""
         logits = self._model(orient(batch, number).contiguous(memory_format=self._layout)).float()
         if self.dense:
-            logits = restore(logits, number)
+            logits = restore(logits, number)[..., : self._size[0], : self._size[1]]
             if tuple(logits.shape[-2:]) != self.tile:
                 logits = F.interpolate(logits, self.tile, mode="bilinear", align_corners=False)
         return logits.softmax(1)
@@ -119,8 +128,3 @@ def _training_size(run: Run) -> tuple[int, int]:
     if found is None:
         raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
     return int(found[0]), int(found[1])
-
-
-def _rounded(length: float) -> int:
-    """The nearest side that every network takes."""
-    return max(_MULTIPLE, round(length / _MULTIPLE) * _MULTIPLE)

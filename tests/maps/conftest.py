@@ -37,6 +37,7 @@ class PixelNetwork(TileNetwork):
 
         self.dense, self.classes, self.tile = True, preprocess.classes, tile
         self._preprocess = dataclasses.replace(preprocess, size=tile, resize="squash")
+        self._size, self._fill = tile, (0, 0)
         self.device, self._layout = torch.device("cpu"), torch.contiguous_format
         self.orientations = range(1)
         self._model = Blur().eval()

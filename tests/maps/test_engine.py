@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
 from typer.testing import CliRunner
 
@@ -363,3 +364,19 @@ def test_polygons_are_cut_at_the_antimeridian(
     assert bounds[:, 0].min() == -180.0
     assert bounds[:, 2].max() == 180.0
     assert (bounds[:, 2] - bounds[:, 0]).max() < 10.0  # none around the world
+
+
+@pytest.mark.parametrize("tile", [(72, 100), (64, 64), (33, 40)])
+def test_tiles_of_any_size_reach_the_network_on_the_scale_of_training(pond_run, tile):
+    tiles = TileNetwork(pond_run, tile, "cpu")
+    raw = np.random.default_rng(0).integers(0, 255, (*tile, 3), dtype=np.uint8)
+    image = tiles.prepare(raw)
+    height, width = tile
+    assert tuple(image.shape) == (3, -(-height // 32) * 32, -(-width // 32) * 32)
+    expected = pond_run.preprocess.normalize(torch.from_numpy(raw).permute(2, 0, 1)[None].float())[0]
+    torch.testing.assert_close(image[:, :height, :width], expected)
+    (found,) = tiles([image])
+    with torch.inference_mode():
+        logits = pond_run.model().eval()(image[None])[0, :, :height, :width]
+    assert found.shape == (2, *tile)
+    np.testing.assert_allclose(found, logits.softmax(0).numpy(), atol=1e-5)
