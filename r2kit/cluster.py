@@ -287,20 +287,21 @@ class _Worker:
 
 
 def _hush(logger: logging.Logger) -> None:
-    """Leave warnings alone on the console; the rest stays in the files of Ray's own session."""
+    """Leave errors alone on the console; the rest stays in the files of Ray's own session."""
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
+            handler.setLevel(logging.ERROR)
 
 
 def _on_ray(task: Callable[[Piece], None], pieces: Sequence[Piece], device: str) -> list[Outcome]:
     """Do pieces on the cluster that RAY_ADDRESS names, else on this machine; one process for each GPU, or each core."""
     import ray
+    import ray.data
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray deprecates parts of itself in every release
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         _hush(logging.getLogger("ray.data"))
         ray.data.DataContext.get_current().enable_progress_bars = False
         has = ray.cluster_resources()
