@@ -30,7 +30,7 @@ from r2kit.errors import DataError, R2kitError, require
 from r2kit.maps.network import AT_ONCE, SMALLEST_TILE, TileNetwork
 from r2kit.maps.scene import Scene, Window2d
 from r2kit.maps.tiling import Blend, Grid, hann
-from r2kit.maps.vectors import write_polygons
+from r2kit.maps.vectors import polygons_of, write_polygons
 from r2kit.maps.writer import MapFormat, MapWriter, made_with
 from r2kit.run import Run
 
@@ -197,10 +197,14 @@ def _make(
         if target.exists():
             if made_with(target) == form.fingerprint:
                 # Polygons are no setting of the map: they may be asked for later, or an end came before them.
-                if areas is not None and (not areas.exists() or areas.stat().st_mtime < target.stat().st_mtime):
-                    write_polygons(target, areas)
-                    return f"finished already; written: {areas}"
-                return "finished already"
+                if areas is None or (areas.exists() and (of := polygons_of(areas)) == form.fingerprint):
+                    return "finished already"
+                if areas.exists() and of is None and not settings.overwrite:
+                    raise DataError(
+                        f"{areas}: exists, and no map was written into it; give --overwrite or another --out"
+                    )
+                write_polygons(target, areas, form.fingerprint)
+                return f"finished already; written: {areas}"
             if not settings.overwrite:
                 raise DataError(f"{target}: exists, made with other settings; give --overwrite or another --out")
         elif areas is not None and areas.exists() and not settings.overwrite:
@@ -212,7 +216,7 @@ def _make(
             make(network, scene, writer, settings, pool, lambda steps: progress(steps, label, console))
         writer.finish()
         if areas is not None:
-            write_polygons(target, areas)
+            write_polygons(target, areas, form.fingerprint)
         return f"{form.size[0]} x {form.size[1]} pixels, {len(form.classes)} classes"
     finally:
         scene.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,15 +19,17 @@ from r2kit.errors import DataError, require
 from r2kit.maps.writer import class_names
 
 _DEGREES = "EPSG:4326"  # RFC 7946 knows no other for GeoJSON
+_MAP = "r2kit_map"  # name of the fingerprint in both formats
 _CHUNK = 5000  # polygons held at once for a GeoPackage
 
 
-def write_polygons(map_file: Path, out: Path) -> Path:
+def write_polygons(map_file: Path, out: Path, fingerprint: str) -> Path:
     """Write one polygon for each connected area of one class.
 
     Args:
         map_file: A finished map with a coordinate system.
         out: File ending in .geojson or .gpkg. Its polygons have the properties `class` and `value`.
+        fingerprint: What the map was made with; written into the file, see `polygons_of`.
 
     Raises:
         DataError: If the file cannot be written, or there is nothing to write into a GeoPackage.
@@ -34,13 +37,32 @@ def write_polygons(map_file: Path, out: Path) -> Path:
     draft = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
         if out.suffix == ".geojson":
-            _write_geojson(map_file, draft)
+            _write_geojson(map_file, draft, fingerprint)
         else:
-            _write_geopackage(map_file, draft)
+            _write_geopackage(map_file, draft, fingerprint)
         os.replace(draft, out)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
     return out
+
+
+def polygons_of(file: Path) -> str | None:
+    """Return the fingerprint of the map that the polygons of a file are of, None for another's file.
+
+    The time of a file says nothing: copies, archives and version control set it anew.
+    """
+    if file.suffix == ".geojson":
+        with file.open("rb") as opened:
+            found = re.match(
+                rf'{{"type": "FeatureCollection", "{_MAP}": "([0-9a-f]+)"', opened.read(300).decode("latin-1")
+            )
+        return None if found is None else found[1]
+    import pyogrio
+
+    try:
+        return (pyogrio.read_info(file).get("layer_metadata") or {}).get(_MAP)
+    except Exception:  # no GeoPackage at all, or a damaged one: GDAL's readers raise several unrelated classes
+        return None
 
 
 def polygons(map_file: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -75,11 +97,12 @@ def _within_the_world(rings: Any) -> list[Any]:
     return found
 
 
-def _write_geojson(map_file: Path, draft: Path) -> None:
+def _write_geojson(map_file: Path, draft: Path, fingerprint: str) -> None:
     """Write a FeatureCollection, one feature a line, without holding them all."""
     names = class_names(map_file)
     with draft.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
+        # RFC 7946 allows members of one's own (6.1).
+        file.write(f'{{"type": "FeatureCollection", "{_MAP}": "{fingerprint}", "features": [')
         separator = "\n"
         for geometry, value in polygons(map_file):
             feature = {"type": "Feature", "properties": {"class": names[value], "value": value}, "geometry": geometry}
@@ -88,7 +111,7 @@ def _write_geojson(map_file: Path, draft: Path) -> None:
         file.write("\n]}\n")
 
 
-def _write_geopackage(map_file: Path, draft: Path) -> None:
+def _write_geopackage(map_file: Path, draft: Path, fingerprint: str) -> None:
     """Write a layer named ``map``, chunk by chunk."""
     import numpy as np
     import shapely
@@ -109,6 +132,7 @@ def _write_geopackage(map_file: Path, draft: Path) -> None:
             geometry_type="Polygon",
             crs=_DEGREES,
             append=not first,
+            layer_metadata={_MAP: fingerprint} if first else None,
         )
         first = False
     if first:

@@ -1,6 +1,8 @@
 """Maps of whole scenes: what they depend on and what not, what a GIS finds in them, and what is refused."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from r2kit.errors import DataError, ModelError
 from r2kit.maps import MapSettings, engine, network, predict_map, predict_maps
 from r2kit.maps.network import TileNetwork, ground_tile
 from r2kit.maps.scene import Scene
-from r2kit.maps.writer import MapWriter, class_names
+from r2kit.maps.vectors import polygons_of
+from r2kit.maps.writer import MapWriter, class_names, made_with
 from tests.maps.conftest import write_raster
 
 
@@ -380,3 +383,41 @@ def test_tiles_of_any_size_reach_the_network_on_the_scale_of_training(pond_run, 
         logits = pond_run.model().eval()(image[None])[0, :, :height, :width]
     assert found.shape == (2, *tile)
     np.testing.assert_allclose(found, logits.softmax(0).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("vector", ["geojson", "gpkg"])
+def test_polygons_are_known_by_what_they_hold_not_by_their_time(
+    finished_run, make_scene, pixel_network, tmp_path, vector
+):
+    pytest.importorskip("pyogrio")
+    pixel_network((32, 32))
+    one, other = make_scene(64, 96), make_scene(96, 64)
+    out, areas = tmp_path / "map.tif", tmp_path / f"map.{vector}"
+    far = tmp_path / "far"
+    far.mkdir()
+    predict_map(finished_run, other, far / "map.tif", MapSettings(vector=vector))
+    predict_map(finished_run, one, out, MapSettings(vector=vector))
+    own = areas.read_bytes()
+    predict_map(finished_run, one, out, MapSettings(vector=vector))
+    assert areas.read_bytes() == own  # finished already
+
+    shutil.copy(far / f"map.{vector}", areas)  # of another map, and newer than this one
+    predict_map(finished_run, one, out, MapSettings(vector=vector))
+    assert polygons_of(areas) == made_with(out) != polygons_of(far / f"map.{vector}")
+    assert _shapes(areas) != _shapes(far / f"map.{vector}")
+    os.utime(out, None)  # a copy of a map is newer than its polygons, which are still its own
+    stamp = areas.stat().st_mtime_ns
+    predict_map(finished_run, one, out, MapSettings(vector=vector))
+    assert areas.stat().st_mtime_ns == stamp
+
+    areas.write_text('{"type": "FeatureCollection", "features": []}')  # somebody's own
+    with pytest.raises(DataError, match=f"map.{vector}: exists, and no map was written into it; give --overwrite"):
+        predict_map(finished_run, one, out, MapSettings(vector=vector))
+    predict_map(finished_run, one, out, MapSettings(vector=vector, overwrite=True))
+    assert polygons_of(areas) is not None
+
+
+def _shapes(areas):
+    import pyogrio
+
+    return sorted(pyogrio.raw.read(areas)[2].tolist())
