@@ -26,6 +26,7 @@ from r2kit.data.sources import DenseSource, Source, loader_workers, open_source
 from r2kit.data.splits import PARTS, Split, make_split
 from r2kit.data.statistics import band_statistics, check_fit
 from r2kit.data.stratify import membership
+from r2kit.data.tiles import tile_windows
 from r2kit.errors import DataError, did_you_mean
 from r2kit.recipe import AugmentSpec, DataSpec, Target
 
@@ -249,6 +250,20 @@ class DataModule(lightning.LightningDataModule):
             workers=workers,
             start_method=self.source.start_method,
         )
+
+    def inputs_of_epoch(self) -> tuple[int, int]:
+        """Return how many inputs the network takes in an epoch's training and in its validation.
+
+        They are the images, but for ``data.resize=tile``: a detector trains on every tile, and whole images are
+        evaluated tile by tile; a network of maps trains on one window of each image.
+        """
+        samples = self._samples(True, self.split.train)
+        trained = len(samples.units) if isinstance(samples, BoxSamples) else len(self.split.train)
+        if self.preprocess.resize != "tile" or self.source.contents is None:
+            return trained, len(self.split.val)
+        shapes = self.source.contents[["height", "width"]].to_numpy()[self.split.val]
+        overlap = self.spec.boxes.overlap if isinstance(samples, BoxSamples) else 0.25  # as `dense.sliding` has it
+        return trained, sum(len(tile_windows(shape, self.preprocess.size, overlap)) for shape in shapes)
 
     def expected_draws(self, rows: np.ndarray) -> np.ndarray:
         """Return how often each of some training rows is drawn in an epoch, as `data.sampler` says; they sum to N."""

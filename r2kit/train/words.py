@@ -83,7 +83,8 @@ def print_start(console: Console, job: Job) -> None:
     console.print(f"optimize: {job.optimized}")
     for choice in job.choices:
         console.print(f"  {choice.key}: {choice.value} ({choice.reason})")
-    passes = (len(data.split.train) + len(data.split.val) / 3) * recipe.train.epochs
+    trained, validated = data.inputs_of_epoch()
+    passes = (trained + validated / 3) * recipe.train.epochs
     seconds, limit = passes / job.speed, recipe.train.time_limit_seconds
     if limit is not None and limit < seconds:
         console.print(

@@ -36,6 +36,15 @@ def coloured(image, label):
 
 
 @pytest.mark.parametrize("outlines", [False, True])
+@pytest.mark.parametrize("resize", ["tile", "pad"])
+def test_inputs_of_an_epoch_are_counted_as_the_loaders_have_them(folder, resize, outlines):
+    data = module(folder, outlines=outlines, resize=resize)
+    pieces = sum(len(batch["image"]) for batch in data.val_dataloader())
+    assert data.inputs_of_epoch() == (len(data.train_dataloader().sampler), pieces)
+    assert (pieces > len(data.split.val)) == (resize == "tile")  # images of 90 x 130 in tiles of 64
+
+
+@pytest.mark.parametrize("outlines", [False, True])
 @pytest.mark.parametrize("resize", ["tile", "pad", "squash", "crop"])
 def test_boxes_follow_the_pixels_in_training(folder, resize, outlines):
     data = module(folder, outlines=outlines, resize=resize)
