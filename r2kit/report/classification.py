@@ -166,7 +166,7 @@ def commands_of(run: Run) -> list[str]:
     """Return what to type to get this run again."""
     path = shlex.quote(str(run.path))
     given = shlex.split(str(run.info.get("command", ""))) if _splits(str(run.info.get("command", ""))) else []
-    commands = [f"pip install r2kit=={run.info['versions']['r2kit']}"]
+    commands = [f"pip install -e .   # in a checkout of r2kit {run.info['versions']['r2kit']}"]
     if given and Path(given[0]).name == "r2kit":
         commands.append(f"{shlex.join(['r2kit', *given[1:]])}   # how it was made")
     again = shlex.quote(f"{run.path}-again")
