@@ -213,13 +213,17 @@ def split_with(source: Source, recipe: Recipe, change: str) -> Split | None:
 def in_folds(source: Source, recipe: Recipe) -> str:
     """Return the change that lets every image be tested once, with the most folds up to five; empty if there is none.
 
-    With folds already, it is the next fold.
+    With folds already, it is the next fold. What lies near another image, or belongs to a group, is never divided at
+    random for it: blocks become smaller instead.
     """
     if recipe.data.folds is not None:
         return f"data.fold={(recipe.data.fold + 1) % recipe.data.folds}"
     now = "" if recipe.data.split_file is None else "data.split_file=null "
+    together = bool(source.manifest[["group", "lon"]].notna().to_numpy().any())
+    kinds = [f"data.split={kind} " for kind in KINDS_OF_SPLIT if kind != "stratified" or not together]
+    smaller = [f"data.split=blocks data.block_degrees={recipe.data.block_degrees / by:g} " for by in (2, 4, 8, 16)]
     for folds in (5, 4, 3, 2):
-        for kind in ("", *(f"data.split={kind} " for kind in KINDS_OF_SPLIT)):
+        for kind in ("", *kinds, *smaller):
             change = f"{now}{kind}data.folds={folds}"
             if split_with(source, recipe, change) is not None:
                 return change

@@ -13,6 +13,7 @@ from r2kit.data import findings
 from r2kit.data.check import Verdict, check_data
 from r2kit.data.datamodule import DataModule
 from r2kit.data.findings import Finding
+from r2kit.data.mends import in_folds
 from r2kit.data.sources import open_source
 from r2kit.data.splits import write_splits
 from r2kit.recipe import AugmentSpec, DataSpec
@@ -228,6 +229,19 @@ def test_what_has_a_command_and_what_has_none(scenes: Path) -> None:
         found["small classes"].change == "train data.split=stratified data.folds=5"
     )  # folds alone: it has its own parts
     assert "split" not in found
+
+
+def test_neighbours_are_not_divided_at_random_so_that_a_small_class_is_tested(tmp_path: Path) -> None:
+    rows = []
+    for i in range(36):
+        Image.fromarray(scene(i)).save(tmp_path / f"{i}.png")
+        rows.append({"path": f"{i}.png", "label": "ab"[i % 2], "lon": 10 + i // 6 * 0.3, "lat": 45 + i % 6 * 0.3})
+    pd.DataFrame(rows).to_csv(tmp_path / "index.csv", index=False)
+    large = ("data.split=blocks", "data.block_degrees=8")  # one block holds them all
+    source = open_source(DataSpec(root=str(tmp_path / "index.csv")))
+    change = in_folds(source, load_recipe({"data": {"root": str(tmp_path / "index.csv")}}, list(large)))
+    assert "data.split=blocks data.block_degrees=" in change
+    assert "stratified" not in change
 
 
 def test_commands_that_mend_are_possible_with_what_is_set_already(make_folder: Callable[..., Path]) -> None:
