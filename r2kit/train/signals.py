@@ -13,6 +13,7 @@ from r2kit.errors import Interrupted
 AGAIN = 1.0
 """Seconds after which a signal to stop at once is repeated where the exception did not arrive."""
 
+_KEPT = "nothing was saved now; what was saved before stays"
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has the first two
 
 
@@ -20,7 +21,10 @@ class StopSignals:
     """While entered, a signal to stop is noted in training, which stops after the step, and stops all else at once.
 
     A second signal in training stops at once too: what was saved last stays. What stops at once is an exception. Python
-    loses it where the signal meets a callback of the interpreter itself, so it is raised again until it has arrived.
+    loses it where the signal meets a callback of the interpreter itself, so it is raised again until it has arrived;
+    and an error that comes before that, such as of a loader process that the same signal has ended, gives way to it.
+
+    A process forked from this one, such as a loader, ends as if nobody handled the signal.
 
     Attributes:
         training: Whether there is something to save; the training loop says so.
@@ -32,6 +36,8 @@ class StopSignals:
         self.noted: int | None = None
         self._before: dict[int, Any] = {}
         self._again: threading.Timer | None = None
+        self._raised: int | None = None  # the signal of an exception that was raised
+        self._process = os.getpid()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
@@ -47,6 +53,8 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self._raised is not None and isinstance(error, Exception):
+            raise Interrupted(self._raised, _KEPT) from error
 
     def take_back(self) -> None:
         """Put the handlers back in place where a library has put its own."""
@@ -55,12 +63,17 @@ class StopSignals:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if not self.training or self.noted is not None:
             if self._again is None or self._again.finished.is_set():
                 self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
                 self._again.daemon = True
                 self._again.start()
-            raise Interrupted(number, "nothing was saved now; what was saved before stays")
+            self._raised = number
+            raise Interrupted(number, _KEPT)
         self.noted = number
         if hasattr(signal, "SIGCHLD"):
             # A signal to the whole group ends the loader processes, of which torch would make an error in the middle of

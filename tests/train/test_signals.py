@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 import time
@@ -39,6 +40,37 @@ def test_a_stop_that_python_loses_comes_again(monkeypatch):
         with pytest.raises(Interrupted):
             time.sleep(5)
     time.sleep(0.1)  # and not once more when it has arrived
+
+
+def test_an_error_in_front_of_a_stop_that_python_lost_gives_way_to_it(monkeypatch):
+    class Loses:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def load():
+        Loses()
+        raise RuntimeError("a loader process has ended")
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught, StopSignals():
+        load()
+    assert str(caught.value.__cause__) == "a loader process has ended"
+    with pytest.raises(RuntimeError, match="nobody asked"), StopSignals():
+        raise RuntimeError("nobody asked to stop")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_in_between_ends_as_if_nobody_handled_the_signal():
+    with StopSignals() as signals:
+        signals.training = True
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+    assert signals.noted is None
 
 
 def test_the_handlers_of_before_come_back():
