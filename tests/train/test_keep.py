@@ -131,7 +131,7 @@ def pair(request, quick_recipe, tmp_path_factory):
     """Overrides, and the run that nobody interrupts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("r2kit.train.flow._finish", no_more)
-        yield _pair(request, quick_recipe, tmp_path_factory)
+        return _pair(request, quick_recipe, tmp_path_factory)  # no longer patched: other runs are made in between
 
 
 def _pair(request, quick_recipe, tmp_path_factory):
