@@ -20,6 +20,7 @@ from pathlib import Path
 
 def attempt(command, number=None, after=0.0, once=None, group=False):
     with tempfile.TemporaryFile() as said:
+        ready, is_ready = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.dup2(said.fileno(), 1)
@@ -28,6 +29,7 @@ def attempt(command, number=None, after=0.0, once=None, group=False):
             try:
                 from r2kit.cli import main
 
+                os.write(is_ready, b".")  # what a signal raises in the callbacks of the fork itself would be lost
                 main(command)
                 status = 0
             except KeyboardInterrupt:  # before the command line has come so far as to handle it
@@ -42,6 +44,9 @@ def attempt(command, number=None, after=0.0, once=None, group=False):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+        os.close(is_ready)
+        os.read(ready, 1)
+        os.close(ready)
         status, sent = None, None
         begin = time.monotonic() if once is None else None
         while status is None:
