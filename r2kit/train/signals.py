@@ -24,7 +24,8 @@ class StopSignals:
     loses it where the signal meets a callback of the interpreter itself, so it is raised again until it has arrived;
     and an error that comes before that, such as of a loader process that the same signal has ended, gives way to it.
 
-    A process forked from this one, such as a loader, ends as if nobody handled the signal.
+    A process forked from this one, such as a loader, leaves Ctrl-C to this one, whose last step may need its images; at
+    the other signals it ends as if nobody handled them.
 
     Attributes:
         training: Whether there is something to save; the training loop says so.
@@ -64,8 +65,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
         if not self.training or self.noted is not None:
             if self._again is None or self._again.finished.is_set():

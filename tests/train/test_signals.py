@@ -61,15 +61,16 @@ def test_an_error_in_front_of_a_stop_that_python_lost_gives_way_to_it(monkeypatc
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_process_forked_in_between_ends_as_if_nobody_handled_the_signal():
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", -signal.SIGTERM), ("SIGINT", 0)])
+def test_a_process_forked_in_between_leaves_ctrl_c_to_the_first_and_ends_at_other_signals(name, status):
     with StopSignals() as signals:
         signals.training = True
         child = os.fork()
         if child == 0:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(getattr(signal, name))
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+        _, code = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(code) == status
     assert signals.noted is None
 
 
