@@ -118,8 +118,7 @@ template <class T> static void run(const Args& a) {
         for (int64_t p = 0; p < last - first; p++)
           for (int64_t i = 0; i < count; i += MR) {
             const auto sum = tile_of<T>(std::min(MR, count - i), chans - p * W);
-            sum(at.data() + i * segments, where.data(), segments, a.chans, b + p * step, sums + i * wide + p * W, wide,
-                true);
+            sum(at.data() + i * segments, where.data(), segments, a.chans, b + p * step, sums + i * wide + p * W, wide);
           }
         for (int64_t i = 0; i < count; i++) ready.write(sums + i * wide, row[i], first * W, chans);
       }

@@ -34,18 +34,11 @@ constexpr int64_t MR = 6, NR = 2;
 #endif
 template <class T> constexpr int64_t panel = NR * width<T>;
 
-// y (M rows, N vectors) = or += sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
+// y (M rows, N vectors) = sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
 template <class T, int M, int N> static void tile(const T* const* at, const int64_t* where, int64_t segments,
-                                                  int64_t count, const T* b, T* y, int64_t ldy, bool fresh) {
+                                                  int64_t count, const T* b, T* y, int64_t ldy) {
   constexpr int64_t L = width<T>;
-  Vec<T> sum[M][N];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < N; j++) {
-      sum[i][j] = Vec<T>{};
-      if (!fresh) memcpy(&sum[i][j], y + i * ldy + j * L, BYTES);
-    }
+  Vec<T> sum[M][N] = {};
   for (int64_t s = 0; s < segments; s++) {
     const T* p[M];
     for (int i = 0; i < M; i++) p[i] = at[s * MR + i];
@@ -65,8 +58,7 @@ template <class T, int M, int N> static void tile(const T* const* at, const int6
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) memcpy(y + i * ldy + j * L, &sum[i][j], BYTES);
 }
-template <class T> using Tile = void (*)(const T* const*, const int64_t*, int64_t, int64_t, const T*, T*, int64_t,
-                                         bool);
+template <class T> using Tile = void (*)(const T* const*, const int64_t*, int64_t, int64_t, const T*, T*, int64_t);
 template <class T, int N, int... M> static Tile<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
   static const Tile<T> found[MR] = {tile<T, M + 1, N>...};
   return found[rows - 1];

@@ -65,7 +65,7 @@ template <class T> static void multiply(int64_t places, int64_t count, int64_t c
       const int64_t rows = std::min(MR, count - s);
       const T* at[MR];
       for (int64_t i = 0; i < rows; i++) at[i] = v + place * step_v + (s + i) * chans;
-      tile_of<T>(rows, out_chans)(at, &start, 1, chans, u + place * step_u, m + place * step_m + s * ldm, ldm, true);
+      tile_of<T>(rows, out_chans)(at, &start, 1, chans, u + place * step_u, m + place * step_m + s * ldm, ldm);
     }
 }
 
