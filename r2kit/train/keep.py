@@ -147,9 +147,12 @@ class Keeper(Checkpoint):
         self._save_ended(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last epoch."""
+        """Save the last epoch, and stop if somebody asked for it since the last step, or before there was one."""
         self._save_ended(trainer, pl_module)
         self.signals.training = False
+        stop, *_ = self._agree(trainer, self.signals.noted is not None, False, False)
+        if stop:
+            self._stop(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save if somebody asked the run to stop and the loader processes ended before the next batch came."""

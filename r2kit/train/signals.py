@@ -70,10 +70,11 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             return
         if not self.training or self.noted is not None:
-            if self._again is None or self._again.finished.is_set():
-                self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-                self._again.daemon = True
-                self._again.start()
+            if self._again is not None:
+                self._again.cancel()
+            self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+            self._again.daemon = True
+            self._again.start()
             self._raised = number
             raise Interrupted(number, _KEPT)
         self.noted = number

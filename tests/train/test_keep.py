@@ -201,6 +201,26 @@ def test_a_run_of_other_devices_is_refused(quick_recipe, finished_run, tmp_path)
 
 
 @pytest.mark.usefixtures("only_training")
+def test_a_run_asked_to_stop_after_its_last_look_stops_and_is_not_evaluated(quick_recipe, pair, tmp_path, monkeypatch):
+    from r2kit.train import resume
+    from r2kit.train.keep import Keeper
+
+    overrides, whole = pair
+    original = Keeper._save_ended
+
+    def asked(self, trainer, pl_module):
+        original(self, trainer, pl_module)
+        if trainer.current_epoch == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeper, "_save_ended", asked)
+        with pytest.raises(Interrupted, match=r"stopped by SIGINT: saved at step 18; go on with r2kit resume"):
+            r2kit.finetune(quick_recipe, overrides=overrides, out=tmp_path / "run", quiet=True)
+    same_training(resume(tmp_path / "run", quiet=True), whole)
+
+
+@pytest.mark.usefixtures("only_training")
 def test_a_damaged_checkpoint_is_never_picked_up(quick_recipe, pair, tmp_path, monkeypatch, capsys):
     overrides, whole = pair
     original = ClassificationTask.training_step
