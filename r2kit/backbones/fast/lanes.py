@@ -40,19 +40,22 @@ template <class T> static inline void store(T* p, Vec<T> v, int64_t n) {
   else for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
 
-// e^x for x in [-87, 20]: 2^k times a polynomial on [-ln2/2, ln2/2] (Cephes expf); 2 units in the last place.
+// e^x for x in [-87, 20]: 2^k times a polynomial on [-ln2/2, ln2/2], whose terms after 1 + r are fitted for the least
+// largest relative error (3.1e-9) and summed in pairs, so that fewer wait for one another. With rounding 1.2e-7 (two
+// units in the last place), to 3.6e-7 at -87: k ln2 is taken away in one step where a multiply-add does not round it.
 static inline VF exponential(VF x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   VF shifted = x * 1.44269504088896341f + magic;
   VF k = shifted - magic;
+#if defined(__FMA__)
+  VF r = x - k * 0.693147180559945309f;
+#else
   VF r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
-  VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+#endif
+  VF square = r * r;
+  VF high = square * 1.3814318646e-3f + (r * 8.3688512740e-3f + 4.1668401125e-2f);
+  VF p = (high * square + (r * 1.6666519522e-1f + 4.9999993373e-1f)) * square + (r + 1.0f);
   VI bits, ki;
   memcpy(&bits, &p, BYTES);
   memcpy(&ki, &shifted, BYTES);

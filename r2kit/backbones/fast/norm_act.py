@@ -6,10 +6,10 @@ Forward, over the rows (pixels) and channels of a convolution's output x::
     otherwise:  y = act(x * a + b + res)    (ResNet; `res` is the shortcut of a block)
     y2 = y + add                            (the next split of a Res2 unit)
 
-with a = weight / sqrt(var + eps), b = bias - mean * a. It takes one pass for the statistics and one for the output; the
-activation is computed twice rather than stored. Backward keeps x alone, where the plain modules keep the input of the
-normalisation and the input of the activation. With m what is normalised (act(x) or x), d the gradient at the
-normalisation's output, n the rows, all sums over rows::
+with a = weight / sqrt(var + eps), b = bias - mean * a. It takes one pass for the statistics and one for the output; an
+activation that stands first is left by the one where the other finds it, in the output's place. Backward keeps x alone,
+where the plain modules keep the input of the normalisation and the input of the activation. With m what is normalised
+(act(x) or x), d the gradient at the normalisation's output, n the rows, all sums over rows::
 
     dbias = sum d;  dweight = sum d (m - mean) / std
     dm = a (d - dbias / n - (m - mean) / std * dweight / n);  dx = dm * act'(x)  or  dm
@@ -142,13 +142,15 @@ template <class T, int A, bool WIDE>
 __attribute__((noinline)) static void moments(const Rows<T> k, const T* origin, int64_t from, int64_t to, T* sum,
                                               T* square) {
   add_up<T>(from, to, k.chans, sum, square, [=](int64_t r, int64_t c, int64_t s, Vec<T>& one, Vec<T>& two) {
-    one = act<A, T>(get<T, WIDE>(k.x + r * k.ldx + c, k.chans), k.beta) - load(origin + s * width<T>, width<T>);
+    one = act<A, T>(get<T, WIDE>(k.x + r * k.ldx + c, k.chans), k.beta);
+    if (A != IDENTITY && k.y) put<T, WIDE>(k.y + r * k.ldy + c, one, k.chans);
+    one -= load(origin + s * width<T>, width<T>);
     two = one * one;
   });
 }
 
-template <class T, int A, bool WIDE> static void statistics(const Args& a) {
-  const Rows<T> k(a);
+// The activations stay in `k.y`, if there is one.
+template <class T, int A, bool WIDE> static void statistics(const Args& a, const Rows<T>& k) {
   const int64_t S = slots<T>(a.chans), L = width<T>, N = WIDE ? L : a.chans;
   std::vector<T> origin(S * L, T(0));  // sums of differences from one value lose nothing to a large mean
   for (int64_t s = 0; s < S; s++) store(&origin[s * L], act<A, T>(load(k.x + first<T>(s, a.chans), N), k.beta), L);
@@ -213,12 +215,19 @@ __attribute__((noinline)) static void write_rows(const Rows<T> k, int64_t from, 
 }
 
 template <class T, int A, bool FIRST, bool WIDE> static void forward(const Args& a) {
-  if (a.batch) statistics<T, FIRST ? A : IDENTITY, WIDE>(a);
+  Rows<T> k(a), active(a);  // active: y holds, or shall hold, the activations
+  if (!k.y) active.y = k.y2, active.ldy = k.ldy2;
+  // Slots overlap, so that over x itself an activation would be that of an activation.
+  if (!FIRST || A == IDENTITY || active.y == k.x) active.y = nullptr;
+  if (a.batch) statistics<T, FIRST ? A : IDENTITY, WIDE>(a, active);
   const Coefficients<T> found(a);
-  Rows<T> k(a);
   k.scale = found.scale.data();
   k.shift = found.shift.data();
-  share_rows(a, [&](int64_t from, int64_t to) { write_rows<T, A, FIRST, WIDE>(k, from, to); });
+  const bool known = a.batch && active.y;
+  if (known) k.x = active.y, k.ldx = active.ldy;
+  share_rows(a, [&](int64_t from, int64_t to) {
+    (known ? write_rows<T, IDENTITY, FIRST, WIDE> : write_rows<T, A, FIRST, WIDE>)(k, from, to);
+  });
 }
 
 template <class T, bool WIDE> static inline Vec<T> gradient(const Rows<T>& k, int64_t r, int64_t c) {
