@@ -8,6 +8,7 @@ mathematics.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -219,7 +220,8 @@ def mosaic(
         smooth = "nearest" if max(tile.image.shape[:2]) < 100 else "antialiased"
         axes.imshow(tile.image, extent=(left, left + wide, top + tall, top), interpolation=smooth, aspect="auto")
         mark, colour = _mark(tile.right, theme)
-        lines = textwrap.wrap(mark + tile.caption, int(16 * cell), max_lines=2, placeholder="…")
+        kept = re.sub(r"(?<=\d) (?=[a-z%])", "\u00a0", mark + tile.caption)  # a number and what it counts, on one line
+        lines = textwrap.wrap(kept, int(16 * cell), max_lines=2, placeholder="…")
         words = _plain("\n".join(lines), keep="\n")
         axes.text(left + wide / 2, top - 0.04, words, fontsize=7.5, color=colour, ha="center", va="bottom")
         if tile.right is not None:

@@ -74,7 +74,7 @@ def _pictures(
     except DataError as error:
         return [], [], str(error), None
     plots.save(plots.mosaic(batch, title="A training batch, as the network sees it"), run, "batch")
-    plots.save(plots.mosaic(tiles, title="Held-out images", columns=2), run, "predictions")
+    plots.save(plots.mosaic(tiles, title="Held-out images", columns=2, cell=2.2), run, "predictions")
     return tiles, batch, None, module
 
 
