@@ -40,6 +40,7 @@ def write_checkpoint(
     draft = path.with_name(f".{path.name}.part")
     twin = None if also is None else also.with_name(f".{also.name}.part")
     try:
+        draft.unlink(missing_ok=True)  # what a kill left behind; were it a link, its file would be written over
         with draft.open("wb") as file:
             torch.save(state, file)
         _seal(draft)

@@ -205,11 +205,13 @@ class Run:
         Raises:
             RunError: If there is such a link. Checkpoints may lie elsewhere.
         """
-        inside = self.path.resolve()
-        for folder in (self.path, self.plots):
-            for entry in folder.iterdir() if folder.is_dir() else ():
-                out = entry.is_symlink() and not entry.resolve().is_relative_to(inside)
-                if out and entry != self.best_checkpoint.parent:
+        inside, checkpoints = self.path.resolve(), self.best_checkpoint.parent
+        for folder, folders, files in os.walk(self.path):  # which enters no link
+            if Path(folder) == self.path and checkpoints.name in folders:
+                folders.remove(checkpoints.name)
+            for name in (*folders, *files):
+                entry = Path(folder) / name
+                if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
                     raise RunError(f"{entry}: is a link out of the run folder; remove it, or put a copy in its place")
 
     def exists(self) -> bool:

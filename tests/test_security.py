@@ -14,7 +14,7 @@ import torch
 from rasterio.transform import Affine
 
 import r2kit
-from r2kit.checkpoint import _seal, read_checkpoint
+from r2kit.checkpoint import _seal, read_checkpoint, write_checkpoint
 from r2kit.cli import main
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.reader import open_raster, read_image
@@ -165,12 +165,34 @@ def test_links_out_of_a_run_folder_are_refused(finished_run, tmp_path):
     (folder / "inside.html").symlink_to("report.html")
     Run.open(folder)
     (folder / "inside.html").unlink()
-    for place in ("plots/curves.png", "report.html"):
-        (folder / place).unlink()
+    (folder / "explain").mkdir()
+    for place in ("plots/curves.png", "report.html", "explain/explain.csv"):  # the last one is none of a new run's
+        (folder / place).unlink(missing_ok=True)
         (folder / place).symlink_to(precious)
         with pytest.raises(RunError, match=rf"{Path(place).name}: is a link out of the run folder; remove it"):
             Run.open(folder)
         (folder / place).unlink()
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["report.html", "explain/explain.csv", ".lock", "checkpoints/.last.ckpt.part"])
+def test_going_on_with_a_run_writes_through_no_link(finished_run, tmp_path, place):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.path, folder)
+    run = Run(folder)
+    run.write_info(state="training")
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    file = folder / place
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.symlink_to(precious)
+    if place.startswith("checkpoints"):  # these may lie elsewhere, but what is written is new
+        state = read_checkpoint(run.last_checkpoint)
+        write_checkpoint(state, run.last_checkpoint)
+    else:
+        with pytest.raises(RunError, match=r"link"):
+            resume(folder, quiet=True)
     assert precious.read_text() == "mine"
 
 

@@ -23,7 +23,8 @@ def claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: bo
     """Return the run to go on with, or None for a new one; refuse a folder in use before any work is done.
 
     Raises:
-        RunError: If the folder holds a run and neither `overwrite` nor `resume` is given, or a run of another recipe.
+        RunError: If the folder holds a run and neither `overwrite` nor `resume` is given, or a run of another recipe,
+            or a link to a file elsewhere that the run would write over.
     """
     if out is None or not Run(out).exists():
         return None
@@ -32,6 +33,7 @@ def claim(recipe: Recipe, out: str | Path | None, *, overwrite: bool, resume: bo
     if not resume:
         return None
     run = Run(out)
+    run.refuse_links_out()
     if run.recipe != recipe:
         changed = _differences(run.recipe.model_dump(), recipe.model_dump())
         raise RunError(

@@ -37,7 +37,8 @@ def hold(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # Not through a link, perhaps a stranger's: what is opened here is emptied below.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}; give another --out") from None
     try:
