@@ -43,6 +43,7 @@ class Small(TileNetwork):
     ) -> None:
         self.dense, self.classes, self.tile = True, run.preprocess.classes, tile or (512, 512)
         self._preprocess = dataclasses.replace(run.preprocess, size=self.tile, resize="squash")
+        self._size, self._fill = self.tile, (0, 0)
         self.device, self._layout = torch.device("cpu"), torch.contiguous_format
         self.orientations = range(8 if tta else 1)
         self._model = nn.Conv2d(len(run.preprocess.bands), len(self.classes), 1).eval()

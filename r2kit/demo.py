@@ -32,7 +32,7 @@ from r2kit.draw import GIVEN, draw_boxes
 from r2kit.errors import DataError, R2kitError, RunError
 from r2kit.explain import Explainer, Look
 from r2kit.explain.question import windows
-from r2kit.maps.network import ground_tile
+from r2kit.maps.network import tile_of
 from r2kit.maps.scene import Scene, Window2d
 from r2kit.page import template, thumbnail_of
 from r2kit.plots import Tile
@@ -70,7 +70,7 @@ class Demo:
     Raises:
         MissingExtraError: If captum is not installed.
         DataError: If the scene cannot be read with the run's bands.
-        RunError: If the run does not say how large its images were, and there is a scene.
+        RunError: If the run does not say how large its images were, or says what cannot be, and there is a scene.
     """
 
     def __init__(self, run: Run, scene: str | Path | None = None, *, device: str = "auto") -> None:
@@ -80,10 +80,7 @@ class Demo:
         self._busy = threading.Lock()
         self.overview: bytes | None = None
         if self.scene is not None:
-            size = run.info.get("data", {}).get("image_size")
-            if size is None:
-                raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
-            self.tile = ground_tile(run.preprocess, (int(size[0]), int(size[1])))
+            self.tile = tile_of(run)
             self.overview = self._overview(self.scene)
 
     def page(self) -> str:

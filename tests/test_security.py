@@ -1,6 +1,7 @@
 """What comes from a stranger stays harmless: nothing in it runs, leads elsewhere or eats the memory."""
 
 import ast
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,8 @@ from r2kit.cli import main
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.reader import open_raster, read_image
 from r2kit.errors import DataError, R2kitError, RunError
+from r2kit.maps import predict_map
+from r2kit.maps.network import tile_of
 from r2kit.maps.scene import Scene
 from r2kit.predict import predict
 from r2kit.report import write_report
@@ -194,6 +197,33 @@ def test_going_on_with_a_run_writes_through_no_link(finished_run, tmp_path, plac
         with pytest.raises(RunError, match=r"link"):
             resume(folder, quiet=True)
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (
+            [10**9, 10**9],
+            r"its images had 1000000000 x 1000000000 pixels by its run\.json; a tile of .* is larger than",
+        ),
+        *((size, "does not say how large its images were") for size in (5, ["a", None], [0, 0], [-4, 8], [8])),
+    ],
+)
+def test_a_run_that_claims_absurd_images_makes_no_map(pond_run, tmp_path, write_scene, size, words):
+    folder = tmp_path / "run"
+    shutil.copytree(pond_run.path, folder)
+    run = Run.open(folder)
+    values = {**json.loads(run.preprocess_file.read_text()), "resize": "squash"}
+    run.preprocess_file.write_text(json.dumps(values))
+    scene = write_scene(tmp_path / "scene.tif")
+    run.write_info(data={"image_size": size})
+    tracemalloc.start()
+    with pytest.raises(RunError, match=words):
+        predict_map(run, scene, tmp_path / "map.tif")
+    with pytest.raises(RunError, match=words):
+        tile_of(run)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 def test_text_in_place_of_a_raster_opens_nothing_else(tmp_path, write_scene):

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError, RunError
+from r2kit.recipe.base import LARGEST_SIDE
 
 ResizeMode = Literal["squash", "crop", "pad", "tile"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -80,14 +82,24 @@ class Preprocess:
         """Build from what `to_dict` gave.
 
         Raises:
-            DataError: If a key is missing or unknown.
+            DataError: If a key is missing or unknown, or a value is none that `to_dict` gives: the file may be a
+                stranger's.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         if set(values) != fields:
             wrong = ", ".join(sorted(set(values) ^ fields))
             raise DataError(f"preprocess: missing or unknown keys: {wrong}")
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+        try:
+            found: Preprocess = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(f"preprocess: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        for key, names in (("bands", found.bands), ("classes", found.classes)):
+            if not names or len(set(names)) != len(names):
+                raise DataError(f"preprocess: {key} must be one name or more, each once")
+        if not all(1 <= side <= LARGEST_SIDE for side in found.size):
+            raise DataError(f"preprocess: size is {found.size}, allowed are sides from 1 to {LARGEST_SIDE} pixels")
+        return found
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -27,7 +27,7 @@ from r2kit.data.files import stamp_of
 from r2kit.data.reader import find_images
 from r2kit.data.stacks import name_of
 from r2kit.errors import DataError, R2kitError, require
-from r2kit.maps.network import AT_ONCE, SMALLEST_TILE, TileNetwork
+from r2kit.maps.network import SMALLEST_TILE, TileNetwork
 from r2kit.maps.scene import Scene, Window2d
 from r2kit.maps.tiling import Blend, Grid, hann
 from r2kit.maps.vectors import polygons_of, write_polygons
@@ -331,9 +331,10 @@ def _through(
             yield window, None if tile is None else next(found)
         waiting.clear()
 
-    for window, tile in _read_ahead(lambda w: _tile(network, scene, w), windows, pool):
+    count = network.at_once
+    for window, tile in _read_ahead(lambda w: _tile(network, scene, w), windows, pool, 2 * count):
         waiting.append((window, tile))
-        if sum(tile is not None for _, tile in waiting) == AT_ONCE:
+        if sum(tile is not None for _, tile in waiting) == count:
             yield from flush()
     yield from flush()
 
@@ -347,16 +348,16 @@ def _tile(network: TileNetwork, scene: Scene, window: Window2d) -> Tile:
 
 
 def _read_ahead(
-    read: Callable[[Window2d], Tile], windows: Iterable[Window2d], pool: ThreadPoolExecutor | None
+    read: Callable[[Window2d], Tile], windows: Iterable[Window2d], pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[tuple[Window2d, Tile]]:
-    """Windows and their tiles, in order, read by threads a few tiles ahead; decoders release the interpreter lock."""
+    """Windows and their tiles, in order, read by threads `ahead` tiles ahead; decoders release the interpreter lock."""
     if pool is None:
         yield from ((window, read(window)) for window in windows)
         return
     queue: deque[tuple[Window2d, Future[Tile]]] = deque()
     for window in windows:
         queue.append((window, pool.submit(read, window)))
-        if len(queue) > 2 * AT_ONCE:
+        if len(queue) > ahead:
             first, tile = queue.popleft()
             yield first, tile.result()
     while queue:

@@ -18,10 +18,11 @@ from r2kit.models import memory_format
 from r2kit.run import Run
 
 AT_ONCE = 8
-"""Tiles in every forward pass, always: libraries round differently for batches of different sizes, and a map should not
-depend on how many tiles were left for the last one."""
+"""Tiles in a forward pass at most."""
+_PIXELS_AT_ONCE = 2**19  # in a forward pass on a CPU: what a network takes grows with them, and speed does not
 
 _MULTIPLE = 32  # the sides of an image that every network of the family takes
+_LARGEST_TILE = 2**26  # pixels of the scene; more is an image that is resized to a thousandth, or a made-up size
 SMALLEST_TILE = 32
 """Pixels of the scene that the side of a tile has at least: less is no ground to judge."""
 
@@ -49,7 +50,7 @@ class TileNetwork:
         self.dense = kind == "segmentation"
         """Whether every pixel gets a class, or the tile one."""
         self.classes = run.preprocess.classes
-        own = ground_tile(run.preprocess, _training_size(run))
+        own = tile_of(run)
         if tile is not None and tile != own and not self.dense:
             raise ModelError(
                 f"--tile: a classification sees tiles of {own[0]}x{own[1]} pixels as its training images; for a finer "
@@ -68,6 +69,18 @@ class TileNetwork:
         self.orientations = range(ORIENTATIONS if tta else 1)
         self._model = run.model().eval().to(self.device, torch.float32).to(memory_format=self._layout)
 
+    @property
+    def at_once(self) -> int:
+        """Tiles in every forward pass, always.
+
+        Libraries round differently for batches of different sizes, and a map should not depend on how many tiles were
+        left for the last one. On a CPU large tiles go in fewer at once, so that memory depends little on `tile`.
+        """
+        if self.device.type != "cpu":
+            return AT_ONCE
+        area = (self._size[0] + self._fill[0]) * (self._size[1] + self._fill[1])
+        return max(1, min(AT_ONCE, _PIXELS_AT_ONCE // area))
+
     def prepare(self, raw: NDArray[np.generic]) -> Tensor:
         """Return the network's input (C, h, w) of a raw tile (H, W, C), on the scale of the training images.
 
@@ -83,9 +96,10 @@ class TileNetwork:
     def __call__(self, tiles: Sequence[Tensor]) -> list[NDArray[np.float32]]:
         """Return probabilities for each tile: (K,), or (K, H, W) where every pixel gets a class."""
         found: list[NDArray[np.float32]] = []
-        for first in range(0, len(tiles), AT_ONCE):
-            some = list(tiles[first : first + AT_ONCE])
-            batch = torch.zeros(AT_ONCE, *some[0].shape)
+        count = self.at_once
+        for first in range(0, len(tiles), count):
+            some = list(tiles[first : first + count])
+            batch = torch.zeros(count, *some[0].shape)
             batch[: len(some)] = torch.stack(some)
             given = batch.to(self.device)
             probs = self._probs(given, 0)
@@ -104,6 +118,25 @@ class TileNetwork:
         return logits.softmax(1)
 
 
+def tile_of(run: Run) -> tuple[int, int]:
+    """Return (H, W) of the tile of a scene that a run sees: the ground of its training images.
+
+    Raises:
+        RunError: If the run does not say how large its images were, or says what no machine could hold.
+    """
+    data = run.info.get("data")
+    image = data.get("image_size") if isinstance(data, dict) else None
+    if not (isinstance(image, list) and len(image) == 2 and all(isinstance(side, int) and side > 0 for side in image)):
+        raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
+    tile = ground_tile(run.preprocess, (image[0], image[1]))
+    if tile[0] * tile[1] > _LARGEST_TILE:  # run.json may be a stranger's
+        raise RunError(
+            f"{run.path}: its images had {image[0]} x {image[1]} pixels by its run.json; a tile of {tile[0]} x "
+            f"{tile[1]} is larger than the limit of {_LARGEST_TILE} pixels"
+        )
+    return tile
+
+
 def ground_tile(preprocess: Preprocess, image: tuple[int, int]) -> tuple[int, int]:
     """Return (H, W) of the piece of an original image that reaches the network, in the image's pixels.
 
@@ -120,11 +153,3 @@ def ground_tile(preprocess: Preprocess, image: tuple[int, int]) -> tuple[int, in
         return rows.stop - rows.start, columns.stop - columns.start
     ratio = min(preprocess.size[0] / image[0], preprocess.size[1] / image[1])
     return round(preprocess.size[0] / ratio), round(preprocess.size[1] / ratio)
-
-
-def _training_size(run: Run) -> tuple[int, int]:
-    """(H, W) of the run's training images, in pixels."""
-    found = run.info.get("data", {}).get("image_size")
-    if found is None:
-        raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
-    return int(found[0]), int(found[1])

@@ -18,4 +18,6 @@ class Spec(BaseModel):
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-PixelSize = Annotated[StrictInt, Field(ge=16, le=4096)]
+LARGEST_SIDE = 4096
+"""Pixels of a side of the network's input."""
+PixelSize = Annotated[StrictInt, Field(ge=16, le=LARGEST_SIDE)]

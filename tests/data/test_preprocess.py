@@ -131,6 +131,30 @@ def test_a_damaged_file_is_refused(tmp_path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("size", [200_000, 200_000], r"size is \(200000, 200000\), allowed are sides from 1 to 4096 pixels"),
+        ("size", [-5, 0], "allowed are sides from 1 to 4096"),
+        ("size", [32], "size"),
+        ("size", "a", "size"),
+        ("bands", [1, 2, 3], r"bands\.0: Input should be a valid string"),
+        ("classes", [], "classes must be one name or more, each once"),
+        ("classes", ["a", "a"], "classes must be one name or more, each once"),
+        ("classes", "ab", "classes"),
+        ("nodata", "x", "nodata"),
+        ("resize", ["a"], "resize"),
+    ],
+)
+def test_what_a_stranger_could_write_there_is_one_line(tmp_path, key, value, message) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({**make().to_dict(), key: value}))
+    with pytest.raises(
+        RunError, match=rf"p\.json: cannot be read as preprocessing of a run: preprocess: .*{message}"
+    ) as e:
+        Preprocess.load(tmp_path / "p.json")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mean": (0.5,)}, "3 bands .* with 1 means"),

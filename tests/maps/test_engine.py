@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from r2kit import cli
 from r2kit.data.reader import open_raster
 from r2kit.errors import DataError, ModelError
-from r2kit.maps import MapSettings, engine, network, predict_map, predict_maps
+from r2kit.maps import MapSettings, engine, predict_map, predict_maps
 from r2kit.maps.network import TileNetwork, ground_tile
 from r2kit.maps.scene import Scene
 from r2kit.maps.vectors import polygons_of
@@ -98,6 +98,17 @@ def test_the_network_gives_a_tile_the_same_bits_in_any_company(finished_run):
     for count in (1, 3, 8):
         apart = [row for first in range(0, 11, count) for row in net(tiles[first : first + count])]
         assert all(np.array_equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_large_tiles_go_through_the_network_in_fewer_at_once(finished_run, make_scene, pixel_network, tmp_path):
+    seen = []
+    for tile in (32, 256, 512):
+        network = pixel_network((tile, tile))
+        network._model.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+        predict_map(finished_run, make_scene(600, 700), tmp_path / f"{tile}.tif", MapSettings())
+    assert {shape[0] * shape[2] * shape[3] for shape in seen} == {8 * 32**2, 2**19}
+    network.device = torch.device("cuda")  # which has the memory, and wants the work
+    assert network.at_once == 8
 
 
 def test_averaged_maps_do_not_depend_on_how_a_tile_lies(finished_run):
@@ -295,7 +306,6 @@ def test_the_tile_is_the_ground_that_reaches_the_network(finished_run):
     assert ground_tile(dataclasses.replace(pre, resize="crop"), (100, 80)) == (100, 50)
     assert ground_tile(dataclasses.replace(pre, resize="pad"), (100, 80)) == (160, 80)
     assert ground_tile(dataclasses.replace(pre, resize="tile"), (100, 80)) == (64, 32)
-    assert network.AT_ONCE == 8
 
 
 def test_a_folder_of_scenes_has_its_maps_left_out(finished_run, make_scene, tmp_path, capsys):
