@@ -27,6 +27,7 @@ from r2kit.backbones.fast import (
     norm_act,
     optimize_with_reason,
     plain,
+    product,
     squares,
     weight_grad,
     winograd,
@@ -282,6 +283,35 @@ def test_direct_kernel(dtype, batch, chans, out_chans, height, width, kernel, st
     dx = dx.contiguous(memory_format=torch.channels_last)
     direct.convolve(dy, weight, (height, width), stride, (pad, pad), finish(rows(dx)), back=True)
     assert (dx - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "chans", "out_chans", "height", "width"),
+    [(1, 1, 1, 1, 1), (2, 300, 7, 3, 5), (9, 513, 101, 5, 3), (3, 1030, 203, 9, 10), (5, 33, 97, 16, 16)],
+)
+def test_product_kernel(dtype, threads, batch, chans, out_chans, height, width):
+    x = torch.randn(batch, chans + 9, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = x[:, 4 : 4 + chans]
+    weight = torch.randn(out_chans, chans, 1, 1, dtype=dtype)
+    exact = torch.conv2d(x.double(), weight.double())
+    out = torch.full_like(exact, float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        product.convolve(x, weight, finish(rows(out)))
+    finally:
+        torch.set_num_threads(before)
+    assert (out - exact).abs().max() <= (1e-13 if dtype == torch.float64 else 2e-6) * exact.abs().max()
+
+
+@pytest.mark.parametrize("chans", [200, 300, 600])
+@pytest.mark.parametrize(("side", "stride"), [(5, 1), (9, 2), (40, 1)])
+def test_wide_1x1_convolutions_with_few_and_many_rows(chans, side, stride):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(chans, 40, 1, stride, bias=False), nn.BatchNorm2d(40), nn.Mish())
+    assert_same(net, torch.randn(1, chans, side, side).contiguous(memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize("act", list(norm_act.ACTS))

@@ -1,9 +1,9 @@
 """A convolution on channels-last memory, forward and each gradient, by whatever computes it soonest.
 
-A 1x1 convolution is a product of matrices over the rows of channels-last memory; where it has few channels, or vectors
-are wide, by the direct kernel, which strided 3x3 convolutions have too. A 3x3 convolution with stride 1 goes forward,
-and back to its input and its weights, through Winograd's filtering. Other gradients of the weights have a kernel; the
-rest goes through torch's operator. On a GPU everything is torch's.
+A 1x1 convolution is a product of matrices over the rows of channels-last memory: by the direct kernel, which strided
+3x3 convolutions have too, by one that leaves the weights unpacked where they are many, or by a library's. A 3x3
+convolution with stride 1 goes forward, and back to its input and its weights, through Winograd's filtering. Other
+gradients of the weights have a kernel; the rest goes through torch's operator. On a GPU everything is torch's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import direct, native, norm_act, squares, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import direct, native, norm_act, product, squares, weight_grad, winograd, winograd_grad
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.tile import FinishArgs, finish
 
@@ -63,10 +63,15 @@ class Conv:
         plain = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1) and self.groups == 1
         return plain and max(self.pad) <= 2 and min(out_size) >= 2 and chans >= squares.NARROWEST
 
-    def is_direct(self, chans: int) -> bool:
-        """Whether the direct kernel suits it; `chans`: channels read."""
+    def is_direct(self, chans: int, count: int) -> bool:
+        """Whether the direct kernel suits it.
+
+        Args:
+            chans: Channels read.
+            count: Pixels written, of all images.
+        """
         if self.is_product:
-            return chans <= direct.widest()
+            return chans <= direct.widest(count)
         plain = self.stride != (1, 1) and self.dilation == (1, 1) and self.groups == 1
         return plain and self.kernel != (1, 1) and chans >= squares.NARROWEST
 
@@ -85,7 +90,7 @@ class Conv:
             bias: As torch's.
         """
         size = self.out_size(x.shape[2], x.shape[3])
-        if self._has_kernel(x, size):
+        if self._has_kernel(x, weight, size):
             out = room(x, len(weight), size)
             self._convolve(x, weight, size, finish(rows(out), bias))
             return out
@@ -126,7 +131,7 @@ class Conv:
         """
         size = self.out_size(x.shape[2], x.shape[3])
         made = None
-        if self._has_kernel(x, size):
+        if self._has_kernel(x, weight, size):
             if y is None and y2 is None:
                 made = room(x, len(weight), size)
                 y = rows(made)
@@ -163,13 +168,13 @@ class Conv:
                 rows(into).addmm_(rows(dy), matrix)
                 return into
             grad = room(x, x.shape[1], size) if out is None else out
-            if self.is_direct(dy.shape[1]):
+            if self.is_direct(dy.shape[1], len(rows(dy))):
                 direct.convolve(dy, weight, size, (1, 1), (0, 0), finish(rows(grad)), back=True)
             else:
                 torch.mm(rows(dy), matrix, out=rows(grad))
             return grad
         filtered = self.is_filter(dy.shape[1], size)
-        if (filtered or self.is_direct(dy.shape[1])) and x.dtype in _DTYPES and not x.is_cuda:
+        if (filtered or self.is_direct(dy.shape[1], len(rows(x)))) and x.dtype in _DTYPES and not x.is_cuda:
             grad = room(x, x.shape[1], size) if out is None else out
             if filtered:
                 pad = (2 - self.pad[0], 2 - self.pad[1])
@@ -204,16 +209,22 @@ class Conv:
         suits = self.is_filter(min(x.shape[1], dy.shape[1]), size) and x.dtype in _DTYPES
         return suits and len(x) * squares.count(4, size) >= winograd_grad.FEWEST and squares.square_side(size) == 4
 
-    def _has_kernel(self, x: Tensor, out_size: tuple[int, int]) -> bool:
+    def _has_kernel(self, x: Tensor, weight: Tensor, out_size: tuple[int, int]) -> bool:
         """Whether a kernel goes forward."""
-        chans = x.shape[1]
-        suits = self.is_direct(chans) or self.is_filter(chans, out_size)
+        chans, count = x.shape[1], len(x) * out_size[0] * out_size[1]
+        suits = self.is_direct(chans, count) or self.is_filter(chans, out_size) or self._is_unpacked(weight)
         return suits and x.dtype in _DTYPES and not x.is_cuda
+
+    def _is_unpacked(self, weight: Tensor) -> bool:
+        """Whether the product that leaves weights unpacked suits it."""
+        return self.is_product and weight.stride(1) == 1
 
     def _convolve(self, x: Tensor, weight: Tensor, out_size: tuple[int, int], end: FinishArgs) -> None:
         """Go forward by the kernel."""
-        if self.is_direct(x.shape[1]):
+        if self.is_direct(x.shape[1], len(x) * out_size[0] * out_size[1]):
             direct.convolve(x, weight, out_size, self.stride, self.pad, end)
+        elif self.is_product:
+            product.convolve(self._met(x), weight, end)
         else:
             winograd.convolve(x, weight, out_size, self.pad, end)
 

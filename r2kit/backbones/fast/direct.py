@@ -8,7 +8,7 @@ class with every tap. The weights are packed into panels; a tile of the product 
 its taps without a copy of what they read: in place of a pixel beyond the image stands a row of zeros. The sums of a
 block of rows go, one whole row after the other, through `Finish` to where they belong.
 
-What it is used for: strided convolutions, and 1x1 convolutions, which are products of matrices, of up to `widest()`
+What it is used for: strided convolutions, and 1x1 convolutions, which are products of matrices, of up to `widest`
 channels: where a library's packing of both sides costs more than it gives.
 
 Only for one group and dilation 1. Reference: torch's `conv2d` and `convolution_backward`. Benchmark:
@@ -18,7 +18,6 @@ Only for one group and dilation 1. Reference: torch's `conv2d` and `convolution_
 from __future__ import annotations
 
 import ctypes
-import functools
 import statistics
 import sys
 import time
@@ -131,13 +130,18 @@ extern "C" void direct_double(const Args* a) { run<double>(*a); }
 )
 
 
-@functools.cache
-def widest() -> int:
+def widest(count: int) -> int:
     """Return the most input channels of a 1x1 convolution that this kernel is used for.
 
-    With vectors of 32 bytes it loses to MKL's product above; with 64 it gains at every width (AMD EPYC, Zen 4).
+    With vectors of 64 bytes it gains at every width (AMD EPYC, Zen 4). With 32 it loses above, where a panel of weights
+    is too large for the first cache, and earlier where few rows share the packing of the weights (Zen 3).
+
+    Args:
+        count: Pixels written, of all images.
     """
-    return sys.maxsize if native.has_wide_vectors() else 256
+    if native.has_wide_vectors():
+        return sys.maxsize
+    return 512 if count >= 1024 else 256
 
 
 class _Args(ctypes.Structure):

@@ -21,7 +21,7 @@ from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from r2kit.backbones._res2 import Res2Block
-from r2kit.backbones.fast import direct, functions, native, norm_act, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import direct, functions, native, norm_act, product, weight_grad, winograd, winograd_grad
 from r2kit.backbones.fast.convolution import Conv
 from r2kit.backbones.fast.functions import ConvNorm, UnitSpec
 from r2kit.backbones.fast.norm_act import Norm
@@ -88,7 +88,7 @@ def is_fast(model: nn.Module) -> bool:
     return any(type(module) in _PLAIN for module in model.modules())
 
 
-_SOURCES = tuple(kernel.SOURCE for kernel in (norm_act, direct, winograd, winograd_grad, weight_grad))
+_SOURCES = tuple(kernel.SOURCE for kernel in (norm_act, direct, product, winograd, winograd_grad, weight_grad))
 
 # ------------------------------------------------------------------------------------------- what can be fast, when
 
