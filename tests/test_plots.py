@@ -195,4 +195,5 @@ def test_batch_tiles_show_the_mixed_batch(finished_run):
 
 def test_a_caption_breaks_between_words_and_not_behind_a_number():
     tile = plots.Tile(np.zeros((8, 8, 3), np.uint8), "r009c052.tif, of another scene: 0 right, 0 wrong, 3 missed")
-    assert "r009c052.tif, of another scene:\n0 right, 0 wrong, 3 missed" in words(plots.mosaic([tile], columns=2, cell=2.2))
+    found = words(plots.mosaic([tile], columns=2, cell=2.2))
+    assert "r009c052.tif, of another scene:\n0 right, 0 wrong, 3 missed" in found
