@@ -5,9 +5,8 @@
 One image folder, one network from random weights, one batch size, as many epochs, AdamW with one learning rate and one
 weight decay, a warm-up of half an epoch, a cosine to zero (fastai: its one-cycle; timm's script: a warm-up of a whole
 epoch, it knows no halves), channels-last, one thread, one loader process, the same operations on the images (window of
-0.7 to 1.0, flips, light; r2kit's preset also turns by quarters and hazes). Each training is a program of its own; in
-every round they take turns. `r2kit` is the recipe as it stands, `r2kit, plain network` the same with
-train.optimize=off: what the engine costs over the plain loop.
+0.7 to 1.0, flips, light). Each training is a program of its own; in every round they take turns. `r2kit` is the recipe
+as it stands, `r2kit, plain network` the same with train.optimize=off: what the engine costs over the plain loop.
 
 A step is measured from the end of one optimiser step to the end of the next within an epoch, by the clock and by
 processor time; the first five of an epoch are left out. `to the end` is the whole program with its imports: r2kit also
@@ -79,6 +78,15 @@ def with_r2kit(clock: Clock, options: argparse.Namespace, data: Path, out: Path,
             "on_leak": "keep",
         },
         "model": {"name": options.model},
+        "augment": {
+            "preset": "none",
+            "transforms": [
+                {"name": "RandomResizedCrop", "size": [options.size] * 2, "scale": list(WINDOW), "ratio": list(RATIO)},
+                {"name": "HorizontalFlip", "p": 0.5},
+                {"name": "VerticalFlip", "p": 0.5},
+                {"name": "RandomBrightnessContrast", "brightness_limit": JITTER, "contrast_limit": JITTER, "p": 1.0},
+            ],
+        },
         "train": {
             "epochs": options.epochs,
             "batch_size": options.batch,
