@@ -18,10 +18,12 @@ from typing import Any
 import jinja2
 import numpy as np
 import scipy.stats
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from r2kit import metrics, result
+from r2kit.backbones import create_model
 from r2kit.benchmark import measure_throughput
 from r2kit.console import duration, make_console, quiet_libraries, table
 from r2kit.errors import RunError
@@ -174,6 +176,9 @@ def compare_models(
         for n in range(seeds)
         for name in models
     }
+    with torch.device("meta"):  # nor is it spent before every network is known to exist
+        for name in models:
+            create_model(name, **recipes[name, first.seed].model.options)
     console, runs = make_console(quiet=quiet), []
     for number, ((name, seed), checked) in enumerate(recipes.items(), 1):
         console.print(f"run {number} of {len(recipes)}: {name}, seed {seed}")
@@ -332,7 +337,8 @@ def _cost(runs: list[Run], rate: float | None) -> Cost:
 
 def _swing(run: Run) -> float | None:
     """Mean absolute change between epochs of what the validation judges by."""
-    history = run.read_table(run.metrics_csv)[TASKS[run.recipe.task.kind].monitor]
+    monitor = TASKS[run.recipe.task.kind].monitor
+    history = run.read_table(run.metrics_csv, [monitor])[monitor]
     return float(history.diff().abs().mean()) if len(history) > 1 else None
 
 

@@ -15,7 +15,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from r2kit.errors import RecipeError, RunError
 from r2kit.recipe import Recipe
@@ -40,6 +43,46 @@ _RECORDED = (
     "numpy",
     "rasterio",
 )
+
+
+class _Record(BaseModel):
+    """Facts that others rely on; none has to be there, and there may be more."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _DataFacts(_Record):
+    source: str = ""
+    fingerprint: str = ""
+    image_size: Annotated[list[PositiveInt], Len(2, 2)] | None = None
+
+
+class _ModelFacts(_Record):
+    parameters: int = 0
+    macs: int = 0
+    train_images_per_second: float = 0.0
+
+
+class _Facts(_Record):
+    """What run.json may say: the file may be a stranger's, and pages and maps are made from it."""
+
+    id: str = ""
+    state: str = ""
+    seed: int = 0
+    command: str = ""
+    versions: dict[str, str] = {}
+    python: str = ""
+    platform: str = ""
+    git: str | None = None
+    started: str = ""
+    finished: str = ""
+    device: str = ""
+    split: str = ""
+    best_epoch: int | None = None
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    data: _DataFacts = _DataFacts()
+    model: _ModelFacts = _ModelFacts()
 
 
 class Run:
@@ -253,9 +296,13 @@ class Run:
             info = json.loads(self.info_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.info_file}: cannot be read: {error}") from None
-        if not isinstance(info, dict):
-            raise RunError(f"{self.info_file}: holds no record of a run")
-        return info
+        try:
+            _Facts.model_validate(info)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"]))
+            raise RunError(f"{self.info_file}: holds no record of a run: {at and at + ': '}{first['msg']}") from None
+        return dict(info)
 
     @property
     def epochs_trained(self) -> int:

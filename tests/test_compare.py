@@ -9,7 +9,7 @@ import pytest
 
 from r2kit import cli
 from r2kit.compare import compare_models, compare_runs, seeds_interval
-from r2kit.errors import RunError
+from r2kit.errors import ModelError, RunError
 from r2kit.result.paired import FIGURES
 from r2kit.run import Run
 
@@ -117,6 +117,12 @@ def test_the_whole_comparison_from_a_recipe(quick_recipe, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "test_vit is" in said
     assert (tmp_path / "page" / "compare.html").is_file()
+
+
+def test_a_network_that_does_not_exist_is_named_before_any_other_is_trained(quick_recipe, tmp_path):
+    with pytest.raises(ModelError, match="unknown model 'test_resnett'; did you mean 'test_resnet'"):
+        compare_models(quick_recipe, ["test_resnet", "test_resnett"], seeds=2, out=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from rasterio.transform import Affine
 import r2kit
 from r2kit.checkpoint import _seal, read_checkpoint, write_checkpoint
 from r2kit.cli import main
+from r2kit.compare import compare_runs
 from r2kit.data.preprocess import Preprocess
 from r2kit.data.reader import open_raster, read_image
 from r2kit.errors import DataError, R2kitError, RunError
@@ -206,7 +207,7 @@ def test_going_on_with_a_run_writes_through_no_link(finished_run, tmp_path, plac
             [10**9, 10**9],
             r"its images had 1000000000 x 1000000000 pixels by its run\.json; a tile of .* is larger than",
         ),
-        *((size, "does not say how large its images were") for size in (5, ["a", None], [0, 0], [-4, 8], [8])),
+        (None, "does not say how large its images were"),
     ],
 )
 def test_a_run_that_claims_absurd_images_makes_no_map(pond_run, tmp_path, write_scene, size, words):
@@ -224,6 +225,53 @@ def test_a_run_that_claims_absurd_images_makes_no_map(pond_run, tmp_path, write_
         tile_of(run)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"data": {"image_size": size}} for size in (5, ["a", None], [0, 0], [-4, 8], [8])),
+        {"data": []},
+        {"model": {"parameters": "a", "macs": []}},
+        {"versions": 3},
+        {"best_epoch": "x"},
+        {"train_seconds": "zz"},
+        {"finished": 3},
+    ],
+    ids=str,
+)
+def test_a_record_that_is_none_is_one_line(finished_run, tmp_path, facts, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.path, folder)
+    info = Run(folder).info_file
+    info.write_text(json.dumps({**json.loads(info.read_text()), **facts}))
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(folder)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run.json: holds no record of a run: {next(iter(facts))}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", '{"accuracy": 1}'),
+        ("metrics.json", '{"accuracy": {"value": "<script>"}, "split": "test"}'),
+        ("metrics.csv", "a,b\n1,2\n"),
+    ],
+)
+def test_figures_that_are_none_are_one_line(finished_run, tmp_path, name, content, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.path, folder)
+    (folder / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(folder)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no report can be made of what its metrics.json and metrics.csv hold" in line
+    if name == "metrics.csv":
+        with pytest.raises(RunError, match=r"metrics\.csv: cannot be read as a table of a run"):
+            compare_runs([Run.open(folder), finished_run], speed=False)
 
 
 def test_text_in_place_of_a_raster_opens_nothing_else(tmp_path, write_scene):

@@ -124,9 +124,8 @@ def tile_of(run: Run) -> tuple[int, int]:
     Raises:
         RunError: If the run does not say how large its images were, or says what no machine could hold.
     """
-    data = run.info.get("data")
-    image = data.get("image_size") if isinstance(data, dict) else None
-    if not (isinstance(image, list) and len(image) == 2 and all(isinstance(side, int) and side > 0 for side in image)):
+    image = run.info.get("data", {}).get("image_size")
+    if image is None:
         raise RunError(f"{run.path}: does not say how large its images were (data.image_size in run.json)")
     tile = ground_tile(run.preprocess, (image[0], image[1]))
     if tile[0] * tile[1] > _LARGEST_TILE:  # run.json may be a stranger's

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jinja2
+
+from r2kit.errors import RunError
 from r2kit.report import card, classification, detection, multilabel, saliency, segmentation
 from r2kit.run import Run, unknown_kind
 
@@ -33,5 +36,13 @@ def write_report(run: Run) -> Path:
     kind = run.recipe.task.kind
     if kind not in kinds:
         raise unknown_kind(run, "report")
-    card.write_card(run)
-    return kinds[kind](run)
+    try:
+        card.write_card(run)
+        return kinds[kind](run)
+    except (LookupError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+        # Every figure, sentence and chart rests on these files, which may be a stranger's or those of another version.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RunError(
+            f"{run.path}: no report can be made of what its metrics.json and metrics.csv hold ({reason}); run r2kit "
+            f"evaluate {run.path}, or see more with --debug"
+        ) from error
