@@ -222,6 +222,12 @@ def estimate_areas(
         notes.append("the variance of a systematic sample is taken as that of a simple random one, usually too large")
     overall, classes = estimate_classes(mapped, reference, stratum, sizes, len(names), level)
     total = counts.sum()
+    figures = [overall, *(estimate for of_class in classes for estimate in of_class)]
+    if len(mapped) < total and any(estimate.error == 0.0 for estimate in figures):
+        notes.append(
+            "an interval without width rests on points that all agree, from which no spread can be estimated; it is "
+            "not sure, the sample is small"
+        )
     rows = tuple(
         ClassEstimates(name, float(counts[k] / total), *classes[k], sampled=int((reference == k).sum()))
         for k, name in enumerate(names)

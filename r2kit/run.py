@@ -17,8 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from r2kit.errors import RecipeError, RunError
 from r2kit.recipe import Recipe
@@ -54,7 +53,7 @@ class _Record(BaseModel):
 class _DataFacts(_Record):
     source: str = ""
     fingerprint: str = ""
-    image_size: Annotated[list[PositiveInt], Len(2, 2)] | None = None
+    image_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
 
 
 class _ModelFacts(_Record):

@@ -127,6 +127,16 @@ def test_from_files_to_hectares(land, tmp_path, capsys):
     assert estimate_areas(*own, "stratified").classes[0].share.value == pytest.approx(400 / 1596)
 
 
+def test_intervals_without_width_are_not_passed_off_as_sure(land):
+    x = [250, 650, 2250, 2650]
+    agreeing = estimate_areas(*land(x=x, y=[2000] * 4, reference=["field"] * 2 + ["water"] * 2), "simple")
+    assert (agreeing.overall.low, agreeing.overall.high) == (1.0, 1.0)
+    assert any("an interval without width rests on points that all agree" in note for note in agreeing.notes)
+    x = [250, 350, 650, 2250, 2350, 2650]
+    mixed = ["field", "field", "water", "water", "water", "field"]
+    assert estimate_areas(*land(x=x, y=[2000] * 6, reference=mixed), "simple").notes == ()
+
+
 def test_points_without_a_class_are_left_out_and_named(land):
     files = land(x=[50, 650, 2250, 2650, 1050], y=[3950] * 5, reference=["field"] * 2 + ["water"] * 2 + ["field"])
     found = estimate_areas(*files, "simple")
