@@ -171,40 +171,43 @@ class _UnitFunction(Function):
         width = first.weight.shape[0] // (len(spec.inner) + spec.passes_last)
         used = width * len(spec.inner)
         h = first.conv.forward(x, first.weight, first.bias)
+        h_rows = rows(h)
         stats = [_stats(first.norm, h)]
-        b = torch.empty_like(h[:, :used], memory_format=torch.channels_last) if keep else h[:, :used]
-        norm_act.forward(rows(h[:, :used]), first.norm.narrow(0, used), _cut(stats[0], 0, used), rows(b))
+        b = room(h, used, (h.shape[2], h.shape[3])) if keep else h.narrow(1, 0, used)
+        b_rows = rows(b)
+        norm_act.forward(h_rows.narrow(1, 0, used), first.norm.narrow(0, used), _cut(stats[0], 0, used), b_rows)
 
         conv_outs: list[Tensor] = []
-        cat = torch.empty(0)
-        z = b[:, :width]
+        cat = cat_rows = torch.empty(0)
+        z = b.narrow(1, 0, width)
         for i, part in enumerate(spec.inner):
             assert part.norm is not None
             c = part.conv.forward(z, part.weight, part.bias)
             if i == 0:
-                cat = room(c, len(first.weight), (c.shape[2], c.shape[3]))
+                cat = room(c, first.weight.shape[0], (c.shape[2], c.shape[3]))
+                cat_rows = rows(cat)
             stats.append(_stats(part.norm, c))
-            out = rows(cat)[:, i * width : (i + 1) * width]
-            following = b[:, (i + 1) * width : (i + 2) * width]
+            out, after = cat_rows.narrow(1, i * width, width), (i + 1) * width
             if spec.chained and i + 1 < len(spec.inner):
                 published = spec.published_sum and i == 0
-                z = cat[:, :width] if published else torch.empty_like(c)
-                norm_act.forward(
-                    rows(c), part.norm, stats[-1], None if published else out, add=rows(following), y2=rows(z)
-                )
+                z = cat.narrow(1, 0, width) if published else torch.empty_like(c)
+                add = b_rows.narrow(1, after, width)
+                norm_act.forward(rows(c), part.norm, stats[-1], None if published else out, add=add, y2=rows(z))
             else:
                 norm_act.forward(rows(c), part.norm, stats[-1], out)
-                z = following
+                if i + 1 < len(spec.inner):
+                    z = b.narrow(1, after, width)
             conv_outs.append(c)
         if not keep:
             conv_outs.clear()
         if spec.passes_last:
             norm, last_stats = first.norm.narrow(used, width), _cut(stats[0], used, width)
+            tail_rows = h_rows.narrow(1, used, width)
             if spec.pool is None:
-                norm_act.forward(rows(h[:, used:]), norm, last_stats, rows(cat[:, used:]))
+                norm_act.forward(tail_rows, norm, last_stats, cat_rows.narrow(1, used, width))
             else:
-                tail = torch.empty_like(h[:, used:], memory_format=torch.channels_last)
-                norm_act.forward(rows(h[:, used:]), norm, last_stats, rows(tail))
+                tail = room(h, width, (h.shape[2], h.shape[3]))
+                norm_act.forward(tail_rows, norm, last_stats, rows(tail))
                 cat[:, used:].copy_(torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
 
         o = last.conv.forward(cat, last.weight, last.bias)
@@ -255,15 +258,15 @@ class _UnitFunction(Function):
             dnorm = norm_act.backward(rows(side_out), spec.side.norm, side_stats, rows(dres), rows(dres))
             grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
 
-        dh = torch.empty_like(h)
+        dh, h_rows, dcat_rows = torch.empty_like(h), rows(h), rows(dcat)
+        dh_rows = rows(dh)
         dnorm1 = torch.empty(2, h.shape[1], dtype=norm_act.sums_dtype(h), device=h.device)
 
         def close(start: int, length: int, dy: Tensor) -> None:
             """Take the gradient of some splits back through the first norm."""
             cut = (first.norm.narrow(start, length), _cut(stats1, start, length))  # type: ignore[union-attr]
-            at = slice(start, start + length)
-            found = norm_act.backward(rows(h[:, at]), *cut, rows(dy), rows(dh[:, at]))
-            dnorm1[0, at], dnorm1[1, at] = found
+            read, written = (part.narrow(1, start, length) for part in (h_rows, dh_rows))
+            dnorm1.narrow(1, start, length).copy_(torch.stack(norm_act.backward(read, *cut, dy, written)))
 
         if spec.passes_last:
             dlast = dcat[:, used:]
@@ -272,30 +275,28 @@ class _UnitFunction(Function):
                 dlast = torch.ops.aten.avg_pool2d_backward(
                     dlast.contiguous(memory_format=torch.channels_last), like, [3], spec.pool, [1], False, True, None
                 )
-            close(used, width, _channels_last(dlast))
+            close(used, width, rows(_channels_last(dlast)))
 
         zs = _read_again(spec, h, cat, stats1, width)
         db = room(h, used, (h.shape[2], h.shape[3]))  # gradients of what the inner convolutions read
+        db_rows = rows(db)
         grads_inner: list[Any] = []
         following: Tensor | None = None  # gradient of the next convolution's input, where this split is added to it
         for i in reversed(range(count)):
             part, c = spec.inner[i], conv_outs[i]
             assert part.norm is not None
-            at = slice(i * width, (i + 1) * width)
-            dz, add = dcat[:, at], following
+            dy, add = dcat_rows.narrow(1, i * width, width), following
             if spec.published_sum and i == 0 and following is not None:
-                dz, add = following, None  # it holds what came through the concatenation already
+                dy, add = following, None  # it holds what came through the concatenation already
             dc = torch.empty_like(c)
-            dnorm = norm_act.backward(
-                *(rows(c), part.norm, inner_stats[i], rows(dz), rows(dc)), add=None if add is None else rows(add)
-            )
+            dnorm = norm_act.backward(rows(c), part.norm, inner_stats[i], dy, rows(dc), add=add)
             grads_inner = [*_conv_grads(part, need[i + 1], dc, zs[i]), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
-            dz = part.conv.input_grad(dc, zs[i], part.weight, out=db[:, at])
+            dz = part.conv.input_grad(dc, zs[i], part.weight, out=db.narrow(1, i * width, width))
             chained = spec.chained and i > 0
             if chained and spec.published_sum and i == 1:
                 dz.add_(dcat[:, :width])
-            following = dz if chained else None
-        close(0, used, db)
+            following = db_rows.narrow(1, i * width, width) if chained else None
+        close(0, used, db_rows)
 
         grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
         dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
@@ -308,21 +309,22 @@ def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, wi
     """Return what each inner convolution read: the splits behind the first norm, with what was added to them."""
     assert spec.first.norm is not None
     used = width * len(spec.inner)
-    z = room(h, used, (h.shape[2], h.shape[3]))
+    z, h_rows = room(h, used, (h.shape[2], h.shape[3])), rows(h)
+    z_rows = rows(z)
     known = int(spec.published_sum) if spec.chained else 0  # the first sum of all stands in the concatenation
     added = (1 + known) * width if spec.chained else used  # from here on a split has the one before it added
 
-    def again(start: int, end: int, add: Tensor | None) -> None:
+    def again(start: int, end: int, add_from: int | None = None) -> None:
         if start < end:
             norm = spec.first.norm.narrow(start, end - start).fixed(_cut(stats, start, end - start))  # type: ignore[union-attr]
-            out = rows(z[:, start:end])
-            if add is None:
-                norm_act.forward(rows(h[:, start:end]), norm, None, out)
+            read, out = h_rows.narrow(1, start, end - start), z_rows.narrow(1, start, end - start)
+            if add_from is None:
+                norm_act.forward(read, norm, None, out)
             else:
-                norm_act.forward(rows(h[:, start:end]), norm, None, None, add=rows(add), y2=out)
+                norm_act.forward(read, norm, None, None, add=rows(cat).narrow(1, add_from, end - start), y2=out)
 
-    again(0, width if spec.chained else used, None)
-    again(added, used, cat[:, added - width : used - width])
+    again(0, width if spec.chained else used)
+    again(added, used, added - width)
     zs = [z[:, i * width : (i + 1) * width] for i in range(len(spec.inner))]
     if known and len(zs) > 1:
         zs[1] = cat[:, :width]

@@ -316,7 +316,6 @@ extern "C" void norm_act_double(const Args* a, int back) { dispatch<double>(*a, 
 )
 
 
-_STRIDES = {name: f"ld{name}" for name in ("x", "res", "add", "dy", "y", "y2")}
 ACTS = {"identity": 0, "relu": 1, "mish": 2}
 
 
@@ -417,12 +416,7 @@ def forward(
         from r2kit.backbones.fast import norm_act_gpu
 
         return norm_act_gpu.forward(x, norm, stats, y, res=res, add=add, y2=y2)
-    args = _args(x, norm, stats)
-    _matrix(args, "res", res)
-    _matrix(args, "add", add)
-    _matrix(args, "y", y)
-    _matrix(args, "y2", y2)
-    _call(args, x.dtype, back=False)
+    _call(_args(x, norm, stats, res, add, None, y, y2), x.dtype, back=False)
 
 
 def backward(
@@ -453,38 +447,47 @@ def backward(
 
         return norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres)
     grads = torch.empty(2, x.shape[1], dtype=x.dtype)
-    args = _args(x, norm, stats)
-    _matrix(args, "dy", dy)
-    _matrix(args, "y", dx)
-    _matrix(args, "add", add)
-    _matrix(args, "res", res)
-    _matrix(args, "y2", dres)
+    args = _args(x, norm, stats, res, add, dy, dx, dres)
     if norm.weight is not None or norm.bias is not None:
-        args.dweight, args.dbias = grads[0].data_ptr(), grads[1].data_ptr()
+        args.dweight = start = grads.data_ptr()
+        args.dbias = start + x.shape[1] * x.element_size()
     _call(args, x.dtype, back=True)
-    return grads[0], grads[1]
+    dweight, dbias = grads.unbind()
+    return dweight, dbias
 
 
-def _args(x: Tensor, norm: Norm, stats: Tensor | None) -> _Args:
+def _args(
+    x: Tensor,
+    norm: Norm,
+    stats: Tensor | None,
+    res: Tensor | None,
+    add: Tensor | None,
+    dy: Tensor | None,
+    y: Tensor | None,
+    y2: Tensor | None,
+) -> _Args:
+    """Return what the kernel takes; built in one call, as fields set by name cost more than small maps."""
     rows, chans = x.shape
-    args = _Args(rows, chans, native.threads(), ACTS[norm.act], norm.act_first, norm.batch)
-    args.beta, args.eps, args.momentum = norm.beta, norm.eps, norm.momentum
-    _matrix(args, "x", x)
+    mean = var = None
     if stats is not None:
-        args.mean, args.var = stats[0].data_ptr(), stats[1].data_ptr()
-    if norm.weight is not None:
-        args.weight = norm.weight.data_ptr()
-    if norm.bias is not None:
-        args.bias = norm.bias.data_ptr()
-    if norm.running_mean is not None and norm.running_var is not None:
-        args.running_mean, args.running_var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
-    return args
+        mean = stats.data_ptr()
+        var = mean + stats.stride(0) * stats.element_size()
+    has_running = norm.running_mean is not None and norm.running_var is not None
+    return _Args(
+        *(rows, chans, native.threads(), ACTS[norm.act], norm.act_first, norm.batch),
+        *(norm.beta, norm.eps, norm.momentum, x.data_ptr(), x.stride(0)),
+        *(None if res is None else res.data_ptr(), 0 if res is None else res.stride(0)),
+        *(None if add is None else add.data_ptr(), 0 if add is None else add.stride(0)),
+        *(None if dy is None else dy.data_ptr(), 0 if dy is None else dy.stride(0)),
+        *(None if y is None else y.data_ptr(), 0 if y is None else y.stride(0)),
+        *(None if y2 is None else y2.data_ptr(), 0 if y2 is None else y2.stride(0)),
+        *(mean, var, _start(norm.weight), _start(norm.bias)),
+        *((_start(norm.running_mean), _start(norm.running_var)) if has_running else ()),
+    )
 
 
-def _matrix(args: _Args, name: str, tensor: Tensor | None) -> None:
-    if tensor is not None:
-        setattr(args, name, tensor.data_ptr())
-        setattr(args, _STRIDES[name], tensor.stride(0))
+def _start(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _call(args: _Args, dtype: torch.dtype, *, back: bool) -> None:
