@@ -190,7 +190,10 @@ def _over_seeds(values: list[metrics.Interval], bounds: tuple[float, float]) -> 
 
 
 def plot_study(points: Sequence[Point]) -> Figure:
-    """Draw accuracy against parameters and against multiply-adds: one line for each key, all through the base."""
+    """Draw accuracy against parameters and against multiply-adds: one line for each key, all through the base.
+
+    A thin upright line is the 95 % interval of an accuracy.
+    """
     base, keys = points[0], list(dict.fromkeys(point.key for point in points[1:]))
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     costs = (("parameters", 1e6, "parameters (millions)"), ("macs", 1e9, "multiply-adds of one image (billions)"))
@@ -198,13 +201,16 @@ def plot_study(points: Sequence[Point]) -> Figure:
         for key in keys:
             line = sorted([base, *(p for p in points if p.key == key)], key=lambda point: getattr(point, cost))
             x, y = [getattr(point, cost) / unit for point in line], [100 * point.accuracy.value for point in line]
-            axes.plot(x, y, marker="o", markersize=4, linewidth=1.4, label=key)
+            (drawn,) = axes.plot(x, y, marker="o", markersize=4, linewidth=1.4, label=key)
+            own = [(at, point.accuracy) for at, point in zip(x, line, strict=True) if point is not base]
+            low, high = ([100 * getattr(accuracy, end) for _, accuracy in own] for end in ("low", "high"))
+            axes.vlines([at for at, _ in own], low, high, colors=drawn.get_color(), linewidth=1, alpha=0.5)
             for point, at, height in zip(line, x, y, strict=True):
                 if point is not base:
                     axes.annotate(point.value, (at, height), (3, 4), textcoords="offset points", fontsize=7)
-        axes.plot(
-            getattr(base, cost) / unit, 100 * base.accuracy.value, marker="s", markersize=8, color="black", label=BASE
-        )
+        at = getattr(base, cost) / unit
+        axes.plot(at, 100 * base.accuracy.value, marker="s", markersize=8, color="black", label=BASE)
+        axes.vlines(at, 100 * base.accuracy.low, 100 * base.accuracy.high, colors="black", linewidth=1, alpha=0.5)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         for side in ("top", "right"):

@@ -120,3 +120,13 @@ def test_blocks_of_a_recipe_reach_the_network():
 def test_blocks_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe({}, overrides)
+
+
+def test_every_accuracy_stands_with_its_interval():
+    def point(key, value, accuracy, low, high, cost):
+        interval = metrics.Interval(accuracy, low, high, 0.95, "images", 9)
+        return Point(key, value, interval, None, cost * 10**6, cost, 1.0)
+
+    left, _ = plot_study([point("base", "", 0.5, 0.4, 0.6, 2), point("a", "9", 0.7, 0.55, 0.8, 3)]).axes
+    upright = sorted(segment[:, 1].tolist() for lines in left.collections for segment in lines.get_segments())
+    assert upright == [pytest.approx([40.0, 60.0]), pytest.approx([55.0, 80.0])]
