@@ -1,8 +1,9 @@
 """Any list of albumentations transforms, checked by name, argument, bands and what has to follow the image.
 
-albumentations only warns about an argument that it does not know, takes floats for 0..1 and 16 bits for 0..65535. Here
-an unknown name or argument is an error, and pixels that are not 8-bit colours pass through the transforms in a domain
-of 0..1 that is made for each band, so that nothing is clipped and every band varies by its own range.
+albumentations only warns about an argument that it does not know, reduces images with aliasing, takes floats for 0..1
+and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced by areas unless the recipe
+says otherwise, and pixels that are not 8-bit colours pass through the transforms in a domain of 0..1 that is made for
+each band, so that nothing is clipped and every band varies by its own range.
 """
 
 from __future__ import annotations
@@ -190,6 +191,9 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
             raise DataError(f"{where}: unknown argument '{key}'; it takes {', '.join(allowed)}{hint}")
     if "fill_mask" in allowed:
         arguments = {"fill_mask": fill_mask, **arguments}
+    if "area_for_downscale" in allowed:
+        # Else fine texture becomes coarse false texture, which validation images, reduced without it, do not have.
+        arguments = {"area_for_downscale": "image", **arguments}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to use other transforms; unknown arguments are refused above

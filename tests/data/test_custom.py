@@ -264,3 +264,18 @@ def test_noise_alone_leaves_boxes_where_they_are() -> None:
     got = made.with_targets(noise(), (0, 0, 0), boxes=boxes)
     np.testing.assert_array_equal(got.boxes, boxes)
     assert got.kept.tolist() == [0]
+
+
+@pytest.mark.parametrize("bands", [3, 13])
+@pytest.mark.parametrize("name", ["RandomResizedCrop", "Resize", "SmallestMaxSize"])
+def test_images_are_reduced_without_false_texture(name: str, bands: int) -> None:
+    fine = np.zeros((96, 96, bands), np.uint8 if bands == 3 else np.uint16)
+    fine[::3] = 200  # lines of which a reduction to a third takes all or none, unless it takes means
+    listed = {"name": name, **NEEDED[name], **({"scale": [1.0, 1.0], "ratio": [1.0, 1.0]} if "Crop" in name else {})}
+    preprocess = prep(bands, 255.0 if bands == 3 else 1.0)
+    reduced = Augment.of(AugmentSpec(preset="none", transforms=(listed,)), preprocess)(fine, (0, 0, 0))
+    assert reduced.shape == (32, 32, bands)
+    assert np.abs(reduced.astype(float) - 200 / 3).max() <= 1.0
+    plain = {**listed, "area_for_downscale": None}  # a recipe may still ask for it
+    aliased = Augment.of(AugmentSpec(preset="none", transforms=(plain,)), preprocess)(fine, (0, 0, 0))
+    assert np.abs(aliased.astype(float) - 200 / 3).max() > 50.0

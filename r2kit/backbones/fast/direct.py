@@ -18,9 +18,7 @@ Only for one group and dilation 1. Reference: torch's `conv2d` and `convolution_
 from __future__ import annotations
 
 import ctypes
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from r2kit.backbones.fast import native
 from r2kit.backbones.fast.squares import pixel_step
+from r2kit.backbones.fast.stopwatch import milliseconds
 from r2kit.backbones.fast.tile import TILES, FinishArgs, finish
 
 SOURCE = (
@@ -213,15 +212,8 @@ def main(batch: int = 32, rounds: int = 10) -> None:
                 *(dy, x, weight, None, stride, pad, (1, 1), False, (0, 0), 1, (True, False, False)),
             ),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(rounds + 1):
-            for name, form in forms.items():
-                start = time.perf_counter()
-                form()
-                seconds[name].append(time.perf_counter() - start)
-        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
         what = f"{kernel}x{kernel}, {chans} -> {out_chans}, {side} x {side}, stride {step}, batch {batch}"
-        print(f"{what}, {torch.get_num_threads()} threads, ms: {line}")
+        print(f"{what}, {torch.get_num_threads()} threads, ms: {milliseconds(forms, rounds)}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ Benchmark: ``python -m r2kit.backbones.fast.product``.
 from __future__ import annotations
 
 import ctypes
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from r2kit.backbones.fast import native
 from r2kit.backbones.fast.squares import pixel_step
+from r2kit.backbones.fast.stopwatch import milliseconds
 from r2kit.backbones.fast.tile import TILES, FinishArgs, finish
 
 SOURCE = (
@@ -159,15 +158,8 @@ def main(batch: int = 32, rounds: int = 10) -> None:
             "kernel": partial(convolve, x, weight, finish(y)),
             "plain": partial(torch.mm, matrix, weight.flatten(1).t(), out=y),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(rounds + 1):
-            for name, form in forms.items():
-                start = time.perf_counter()
-                form()
-                seconds[name].append(time.perf_counter() - start)
-        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
         what = f"{chans} -> {out_chans}, {side} x {side}, batch {batch}"
-        print(f"{what}, {torch.get_num_threads()} threads, ms: {line}")
+        print(f"{what}, {torch.get_num_threads()} threads, ms: {milliseconds(forms, rounds)}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ Only for float32, one group and at least `squares.NARROWEST` input channels. Ref
 from __future__ import annotations
 
 import ctypes
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from r2kit.backbones.fast import native
 from r2kit.backbones.fast.squares import pixel_step
+from r2kit.backbones.fast.stopwatch import milliseconds
 
 SOURCE = r"""
 #include <cstdint>
@@ -199,13 +199,9 @@ def main(batch: int = 32, rounds: int = 10) -> None:
     for chans, side in ((26, 16), (52, 8), (104, 4), (208, 2)):
         x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
         dy = torch.randn_like(x)
-        seconds: dict[str, list[float]] = {"kernel": [], "plain": []}
-        for _ in range(rounds + 1):
-            for name, function in (("kernel", weight_grad), ("plain", plain)):
-                start = time.perf_counter()
-                function(x, dy, (3, 3), 1, 1, 1)
-                seconds[name].append(time.perf_counter() - start)
-        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
+        given = (x, dy, (3, 3), 1, 1, 1)
+        forms = {"kernel": partial(weight_grad, *given), "plain": partial(plain, *given)}
+        line = milliseconds(forms, rounds)
         print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
 
 

@@ -12,14 +12,15 @@ Only for one group, stride and dilation 1, and at least a vector of channels. Re
 from __future__ import annotations
 
 import ctypes
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from r2kit.backbones.fast import native
 from r2kit.backbones.fast.squares import SQUARES, Images, square_side
+from r2kit.backbones.fast.stopwatch import milliseconds
 from r2kit.backbones.fast.tile import FinishArgs, finish
 
 SOURCE = (
@@ -182,15 +183,11 @@ def main(batch: int = 32, rounds: int = 10) -> None:
         x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(chans, chans, 3, 3).contiguous(memory_format=torch.channels_last)
         y = torch.empty(batch * side * side, chans)
-        seconds: dict[str, list[float]] = {"kernel": [], "plain": []}
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            convolve(x, weight, (side, side), (1, 1), finish(y))
-            after = time.perf_counter()
-            torch.conv2d(x, weight, None, 1, 1)
-            seconds["kernel"].append(after - start)
-            seconds["plain"].append(time.perf_counter() - after)
-        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
+        forms: dict[str, Callable[[], object]] = {
+            "kernel": partial(convolve, x, weight, (side, side), (1, 1), finish(y)),
+            "plain": partial(torch.conv2d, x, weight, None, 1, 1),
+        }
+        line = milliseconds(forms, rounds)
         print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
 
 

@@ -16,8 +16,7 @@ Only for one group, stride and dilation 1, and at least a vector of channels on 
 from __future__ import annotations
 
 import ctypes
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from r2kit.backbones.fast import native
 from r2kit.backbones.fast import weight_grad as direct
 from r2kit.backbones.fast.squares import SQUARES, Images, pixel_step
+from r2kit.backbones.fast.stopwatch import milliseconds
 
 SOURCE = (
     SQUARES
@@ -207,21 +207,15 @@ def weight_grad(x: Tensor, dy: Tensor, pad: tuple[int, int]) -> Tensor:
 
 def main(batch: int = 32, rounds: int = 10) -> None:
     """Print milliseconds of the kernel, the direct one and torch's for layers of Res2Net-50 at 64 px, medians."""
-    forms = {
-        "kernel": lambda x, dy: weight_grad(x, dy, (1, 1)),
-        "direct": lambda x, dy: direct.weight_grad(x, dy, (3, 3), 1, 1, 1),
-        "plain": lambda x, dy: direct.plain(x, dy, (3, 3), 1, 1, 1),
-    }
     for chans, side in ((26, 16), (52, 8), (104, 4), (64, 32)):
         x = torch.randn(batch, chans, side, side).contiguous(memory_format=torch.channels_last)
         dy = torch.randn_like(x)
-        seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(rounds + 1):
-            for name, form in forms.items():
-                start = time.perf_counter()
-                form(x, dy)
-                seconds[name].append(time.perf_counter() - start)
-        line = ", ".join(f"{name} {statistics.median(found[1:]) * 1e3:.2f}" for name, found in seconds.items())
+        forms = {
+            "kernel": partial(weight_grad, x, dy, (1, 1)),
+            "direct": partial(direct.weight_grad, x, dy, (3, 3), 1, 1, 1),
+            "plain": partial(direct.plain, x, dy, (3, 3), 1, 1, 1),
+        }
+        line = milliseconds(forms, rounds)
         print(f"{chans} channels, {side} x {side}, batch {batch}, {torch.get_num_threads()} threads, ms: {line}")
 
 
