@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from r2kit import plots
-from r2kit.data.reader import read_image
+from r2kit.data.given import ReadGiven
 from r2kit.draw import GIVEN, draw_boxes
 from r2kit.errors import DataError, R2kitError, RunError
 from r2kit.explain import Explainer, Look
@@ -101,7 +101,7 @@ class Demo:
             file = Path(folder) / "image"  # the content decides how it is read, not a name from outside
             file.write_bytes(content)
             try:
-                raw = read_image(file, bands=self.run.preprocess.bands, max_bytes=MAX_DECODED)
+                raw = ReadGiven(self.run.preprocess, whole=True, max_bytes=MAX_DECODED)(file)
             except R2kitError as error:
                 raise type(error)(str(error).replace(str(file), "the image")) from None
         return self.answer(raw)

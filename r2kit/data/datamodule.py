@@ -376,7 +376,7 @@ class DataModule(lightning.LightningDataModule):
         return {**batch, "image": image, "label": label}
 
     def _check_bands(self, preprocess: Preprocess) -> None:
-        """Refuse data whose bands or pixel scale are not those that the run was trained on."""
+        """Refuse data whose bands, pixel scale or nodata are not those that the run was trained on."""
         if self.source.bands != preprocess.bands:
             raise DataError(
                 f"{self.source.name}: bands {', '.join(self.source.bands)}, but the run was trained on "
@@ -386,6 +386,13 @@ class DataModule(lightning.LightningDataModule):
             raise DataError(
                 f"{self.source.name}: pixels are divided by {self.source.scale:g}, but by {preprocess.scale:g} in the "
                 "run; the files are of another pixel type"
+            )
+        nodata = self.source.nodata
+        if nodata is not None and not np.isnan(nodata) and nodata != preprocess.nodata:
+            known = "knows of no such value" if preprocess.nodata is None else f"has {preprocess.nodata:g} for it"
+            raise DataError(
+                f"{self.source.name}: {nodata:g} stands for no measurement, and the run {known}; such pixels would be "
+                "taken for measured ones, so write the files with the run's value"
             )
 
     def _labels(self) -> np.ndarray:

@@ -128,13 +128,27 @@ def choose_bands(wanted: Sequence[str | int], bands: tuple[str, ...], where: str
     return tuple(chosen)
 
 
-def examine_image(path: str | Path) -> tuple[ImageInfo, np.ndarray]:
-    """Return what an image file says about itself, and its pixels as `read_image` gives them.
+def examine_image(
+    path: str | Path,
+    *,
+    bands: Sequence[str] | None = None,
+    network: tuple[int, int] | None = None,
+    place: bool = True,
+    max_bytes: int | None = None,
+) -> tuple[ImageInfo, np.ndarray]:
+    """Return what an image file says about itself, all its bands named, and its pixels as `read_image` gives them.
+
+    Args:
+        path: The file.
+        bands: As of `read_image`.
+        network: As of `read_image`.
+        place: Also say where it lies, which may need another coordinate system.
+        max_bytes: As of `read_image`.
 
     Raises:
         DataError: As `read_image`.
     """
-    return _decode(Path(path))
+    return _decode(Path(path), bands=bands, network=network, place=place, max_bytes=max_bytes)
 
 
 def find_images(paths: Iterable[str | Path], band_files: Sequence[str] | None = None) -> list[Path]:

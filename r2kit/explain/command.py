@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from r2kit import metrics, plots
 from r2kit.data.dense import known_mask
+from r2kit.data.given import ReadGiven
 from r2kit.data.masks import read_mask
-from r2kit.data.reader import IMAGE_SUFFIXES, find_images, read_image
+from r2kit.data.preprocess import Preprocess
+from r2kit.data.reader import IMAGE_SUFFIXES, find_images
 from r2kit.data.sources import DenseSource
 from r2kit.data.stacks import name_of, parts_of
 from r2kit.errors import DataError, ModelError, RunError, did_you_mean
@@ -53,12 +55,12 @@ class _Subject:
 
     Attributes:
         name: What it is called.
-        read: From a run's bands to raw pixels.
+        read: From a run's preprocessing to raw pixels of its bands.
         mask: From the explained class to the object (H, W), where that is known.
     """
 
     name: str
-    read: Callable[[tuple[str, ...]], NDArray[Any]]
+    read: Callable[[Preprocess], NDArray[Any]]
     mask: Callable[[str], NDArray[np.bool_] | None]
 
 
@@ -140,11 +142,8 @@ def _files(run: Run, paths: Sequence[str | Path], masks: str | Path | None) -> l
     return subjects
 
 
-def _read_file(path: Path) -> Callable[[tuple[str, ...]], NDArray[Any]]:
-    def read(bands: tuple[str, ...]) -> NDArray[Any]:
-        return read_image(path, bands=bands)
-
-    return read
+def _read_file(path: Path) -> Callable[[Preprocess], NDArray[Any]]:
+    return lambda preprocess: ReadGiven(preprocess, whole=True)(path)
 
 
 def _mask_of(name: str, folder: Path) -> Path:
@@ -172,10 +171,16 @@ def _held_out(run: Run, limit: int, masks: str | Path | None) -> list[_Subject]:
     source = module.source
 
     def subject(row: int) -> _Subject:
-        def read(bands: tuple[str, ...]) -> NDArray[Any]:
-            if tuple(bands) != tuple(source.bands):
+        def read(preprocess: Preprocess) -> NDArray[Any]:
+            if preprocess.bands != tuple(source.bands):
                 raise RunError(
-                    f"--against: its bands are {', '.join(bands)}, and the data has {', '.join(source.bands)}"
+                    f"--against: its bands are {', '.join(preprocess.bands)}, and the data has "
+                    f"{', '.join(source.bands)}"
+                )
+            if preprocess.scale != source.scale:
+                raise RunError(
+                    f"--against: its pixels are divided by {preprocess.scale:g}, and those of the data by "
+                    f"{source.scale:g}"
                 )
             return source.read(row)
 
@@ -200,7 +205,7 @@ def _explain_one(
     first: Explainer, second: Explainer | None, subject: _Subject, target: str | None
 ) -> tuple[dict[str, Any], list[Tile]]:
     """The row and the pictures of one image."""
-    raw = subject.read(first.preprocess.bands)
+    raw = subject.read(first.preprocess)
     look = first.look(raw, target)
     row: dict[str, Any] = {"path": subject.name, "class": target, "answer": None, "score": None}
     if look is None:
@@ -216,7 +221,8 @@ def _explain_one(
     shown = Path(subject.name) if parts_of(subject.name) is None else name_of(Path(subject.name))
     tiles = [Tile(look.picture, shown.name), Tile(look.overlay, f"evidence for {look.question.words}")]
     if second is not None:
-        piece = raw if first.preprocess.bands == second.preprocess.bands else subject.read(second.preprocess.bands)
+        alike = all(getattr(first.preprocess, key) == getattr(second.preprocess, key) for key in ("bands", "scale"))
+        piece = raw if alike else subject.read(second.preprocess)
         other = second.look(piece[look.window], look.question.name, look.share_of_sides)
         if other is None:
             row |= {"against_answer": None, "against_score": None, "note": _nothing(second.run, look.question.name)}

@@ -23,11 +23,11 @@ from fasttransform import DisplayedTransform
 from torch import Tensor
 
 from r2kit.data.datamodule import DataModule
+from r2kit.data.given import ReadGiven
 from r2kit.data.loader import Loader
 from r2kit.data.preprocess import Preprocess
 from r2kit.errors import DataError, RunError, did_you_mean
 from r2kit.inference import load_images
-from r2kit.predict.classification import read_as
 
 assert fastai.vision.core  # used by being imported
 
@@ -154,7 +154,7 @@ class Files(_Images):
             DataError: If a file cannot be read.
         """
         preprocess = self.data.preprocess
-        read, size = read_as(preprocess), self.data.batch_size
+        read, size = ReadGiven(preprocess, whole=self.kind == "segmentation"), self.data.batch_size
         for loaded in load_images(read, loader, lambda raw: (preprocess.apply(raw),), batch_size=size):
             if loaded.failed:
                 raise DataError(loaded.failed[0][1])

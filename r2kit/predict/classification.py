@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r2kit.data.files import SEPARATOR
+from r2kit.data.given import ReadGiven
 from r2kit.data.preprocess import Preprocess
-from r2kit.data.reader import find_images, read_image
+from r2kit.data.reader import find_images
 from r2kit.errors import DataError
 from r2kit.inference import Classifier, load_images
 from r2kit.recipe import MultilabelSpec
@@ -51,7 +52,7 @@ def predict(
     order: list[int] = []
     probs: list[NDArray[np.float64]] = []
     skipped: list[tuple[str, str]] = []
-    reader, prepare = read_as(preprocess), _Prepare(preprocess)
+    reader, prepare = ReadGiven(preprocess, whole=False), _Prepare(preprocess)
     for batch in load_images(reader, files, prepare, batch_size=batch_size, workers=workers):
         skipped += [(str(files[position]), reason) for position, reason in batch.failed]
         if batch.index:
@@ -65,20 +66,6 @@ def predict(
     if skipped and on_bad_file == "error":
         raise DataError(bad_files(skipped, len(table), written))
     return table
-
-
-@dataclass(frozen=True)
-class read_as:  # noqa: N801  used like a function
-    """Read a file with the run's bands; picklable for loader processes."""
-
-    preprocess: Preprocess
-
-    def __call__(self, path: Path) -> NDArray[Any]:
-        bands = self.preprocess.bands
-        raw = read_image(path, bands=bands, network=self.preprocess.size)
-        if raw.shape[-1] != len(bands):
-            raise DataError(f"{path}: has {raw.shape[-1]} bands, the run was trained with {', '.join(bands)}")
-        return raw
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r2kit.data.boxes.samples import fit_pieces
+from r2kit.data.given import ReadGiven
 from r2kit.data.preprocess import Preprocess
-from r2kit.data.reader import find_images, read_image
+from r2kit.data.reader import find_images
 from r2kit.data.tiles import Piece, pieces_of
 from r2kit.errors import DataError
 from r2kit.finder import Finder, refuse_tta
@@ -83,7 +84,7 @@ def find_objects(run: Run, files: Sequence[Path], *, batch_size: int, workers: i
     done: list[tuple[Path, tuple[int, int]]] = []
     found: list[Objects] = []
     skipped: list[tuple[str, str]] = []
-    for batch in load_images(_Read(run.preprocess), files, prepare, batch_size=1, workers=workers):
+    for batch in load_images(ReadGiven(run.preprocess, whole=True), files, prepare, batch_size=1, workers=workers):
         skipped += [(str(files[position]), reason) for position, reason in batch.failed]
         for position, pieces, shape in zip(batch.index, *batch.tensors, strict=True):
             size = (int(shape[0]), int(shape[1]))
@@ -101,16 +102,6 @@ def find_objects(run: Run, files: Sequence[Path], *, batch_size: int, workers: i
     objects.attrs["skipped"] = [list(item) for item in skipped]
     objects.attrs["images"] = len(done)
     return objects
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Read a file whole and at its full size, with the run's bands; picklable for loader processes."""
-
-    preprocess: Preprocess
-
-    def __call__(self, path: Path) -> NDArray[Any]:
-        return read_image(path, bands=self.preprocess.bands)
 
 
 @dataclass(frozen=True)

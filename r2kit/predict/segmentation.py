@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from r2kit.data.given import ReadGiven
 from r2kit.data.preprocess import Preprocess, missing_pixels
 from r2kit.data.reader import find_images, open_raster
 from r2kit.data.stacks import name_of, parts_of
 from r2kit.data.targets import CLASS_COLOURS, IGNORE
 from r2kit.errors import DataError
 from r2kit.inference import PixelClassifier, load_images
-from r2kit.predict.classification import bad_files, read_as
+from r2kit.predict.classification import bad_files
 from r2kit.recipe import SaliencySpec, SegmentationSpec
 from r2kit.run import Run
 
@@ -120,7 +121,8 @@ def predict_masks(
             rows.append(_row(file, written, mask, preprocess.classes))
         pending.clear()
 
-    for loaded in load_images(read_as(preprocess), files, _Prepare(preprocess), batch_size=1, workers=workers):
+    read = ReadGiven(preprocess, whole=True)
+    for loaded in load_images(read, files, _Prepare(preprocess), batch_size=1, workers=workers):
         skipped += [(str(files[position]), reason) for position, reason in loaded.failed]
         if loaded.index:
             pending.append((loaded.index[0], loaded.tensors[0][0], loaded.tensors[1][0].numpy()))

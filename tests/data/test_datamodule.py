@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -116,6 +117,23 @@ def test_data_that_does_not_fit_a_run(make_folder: MakeFolder, change: dict, mes
     spec = folder_spec(make_folder({"forest": 2, "water": 2}))
     with pytest.raises(DataError, match=message):
         module(spec, preprocess=prep, all_test=True)
+
+
+def test_a_value_for_no_measurement_that_the_run_does_not_know_is_refused(
+    tmp_path: Path, write_tiff: Callable[..., Path]
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        raw = rng.integers(1, 4000, (16, 16, 2)).astype(np.int16)
+        write_tiff(tmp_path / "ab"[number % 2] / f"{number}.tif", raw, nodata=-9999)
+    stats = {"mean": (2000.0,) * 2, "std": (500.0,) * 2, "scale": 1.0, "size": (16, 16), "resize": "squash"}
+    prep = Preprocess(bands=("band1", "band2"), interpolation="bilinear", classes=("a", "b"), **stats)
+    with pytest.raises(DataError, match="-9999 stands for no measurement, and the run knows of no such value; such"):
+        module(folder_spec(tmp_path), preprocess=prep, all_test=True)
+    with pytest.raises(DataError, match="-9999 stands for no measurement, and the run has 0 for it"):
+        module(folder_spec(tmp_path), preprocess=replace(prep, nodata=0.0), all_test=True)
+    module(folder_spec(tmp_path), preprocess=replace(prep, nodata=-9999.0), all_test=True)
 
 
 def test_split_file_and_all_test_exclude_each_other() -> None:
