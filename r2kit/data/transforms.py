@@ -259,23 +259,23 @@ class Augment:
             mask: (H, W) of any real type; its values stay what they are.
             boxes: (N, 4), x1 y1 x2 y2 in pixels. A box of which less than a fifth is still seen is left out, the others
                 end at the border.
-            masks: (N, H, W), one for each box.
+            masks: (N, H, W) bool, one for each box: no object reaches outside the image.
         """
-        if masks is not None and (boxes is None or len(masks) != len(boxes)):
-            raise ValueError("masks: one for each box is needed")
+        if masks is not None and (boxes is None or len(masks) != len(boxes) or masks.dtype != bool):
+            raise ValueError("masks: one for each box is needed, of type bool")
         data: dict[str, Any] = {"image": raw}
         if mask is not None:
             data["mask"] = mask
         if boxes is not None:
             data |= {"bboxes": np.asarray(boxes, np.float32).reshape(-1, 4), "position": np.arange(len(boxes))}
         if masks is not None and len(masks):
-            data["masks"] = masks.view(np.uint8) if masks.dtype == bool else masks
+            data["masks"] = masks.view(np.uint8)
         result = self._run(data, key)
         kept = None if boxes is None else np.asarray(result["position"], dtype=np.int64)
         if masks is not None:
             shape = result["image"].shape[:2]
-            moved = np.asarray(result["masks"]) if len(masks) else np.zeros((0, *shape), masks.dtype)
-            masks = moved[kept].astype(masks.dtype)
+            moved = np.asarray(result["masks"]) if len(masks) else np.zeros((0, *shape), np.uint8)
+            masks = moved[kept] == 1  # what is filled is of another value
         places = None if boxes is None else np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
         return Augmented(result["image"], result.get("mask"), places, kept, masks)
 

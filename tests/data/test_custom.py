@@ -258,6 +258,29 @@ def test_masks_and_boxes_follow_listed_transforms(listed) -> None:
         assert (got.mask[:7] == 255).all()  # from outside the image: of no class
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"name": "Affine", "scale": [0.5, 0.5], "p": 1.0},
+        {"name": "Pad", "padding": 9, "p": 1.0},
+        {"name": "Rotate", "limit": [30, 30], "p": 1.0},
+        {"name": "CoarseDropout", "num_holes_range": [3, 3], "p": 1.0},
+    ],
+)
+def test_no_object_reaches_outside_the_image_or_into_a_hole(listed) -> None:
+    outline = np.zeros((1, 64, 64), bool)
+    outline[0, 20:44, 20:44] = True
+    raw = np.full((64, 64, 3), 40, np.uint8)
+    raw[outline[0]] = 220
+    got = augment({**listed, "fill": 0}, target="boxes").with_targets(
+        raw, (0, 0, 0), boxes=np.array([[20.0, 20.0, 44.0, 44.0]]), masks=outline
+    )
+    assert got.masks.dtype == bool
+    assert got.masks.sum() > 0
+    wrong = got.masks[0] != (got.image[..., 0] > 130)
+    assert wrong.mean() < 0.01  # the half pixel at the rim
+
+
 def test_noise_alone_leaves_boxes_where_they_are() -> None:
     made = augment({"name": "GaussNoise", "p": 1.0}, target="boxes")
     boxes = np.array([[1.0, 2.0, 30.0, 40.0]], dtype=np.float32)
