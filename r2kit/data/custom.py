@@ -1,9 +1,9 @@
 """Any list of albumentations transforms, checked by name, argument, bands and what has to follow the image.
 
 albumentations only warns about an argument that it does not know, reduces images with aliasing, takes floats for 0..1
-and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced by areas unless the recipe
-says otherwise, and pixels that are not 8-bit colours pass through the transforms in a domain of 0..1 that is made for
-each band, so that nothing is clipped and every band varies by its own range.
+and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced by means unless the recipe
+says otherwise, masks lie on their images, and pixels that are not 8-bit colours pass through the transforms in a domain
+of 0..1 that is made for each band, so that nothing is clipped and every band varies by its own range.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import numpy as np
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing albumentations must not ask the network for news
 import albumentations as A
+import cv2
 from albumentations.core.type_definitions import Targets
 
 from r2kit.data.preprocess import Preprocess
+from r2kit.data.shrinking import SHRINKING
 from r2kit.errors import DataError, did_you_mean
 
 RGB_ONLY = frozenset(
@@ -183,7 +185,7 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
             did_you_mean(name, known) or "; albumentations' own names are known, e.g. GaussNoise, Affine, CoarseDropout"
         )
         raise DataError(f"{where}: no such transform{hint}")
-    kind = getattr(A, name)
+    kind = SHRINKING.get(name) or getattr(A, name)
     allowed = [key for key in inspect.signature(kind.__init__).parameters if key not in _OWN_RULE]
     for key in arguments:
         if key not in allowed:
@@ -194,6 +196,9 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
     if "area_for_downscale" in allowed:
         # Else fine texture becomes coarse false texture, which validation images, reduced without it, do not have.
         arguments = {"area_for_downscale": "image", **arguments}
+    if "area_for_downscale" in allowed or name in ("CropAndPad", "RandomSizedBBoxSafeCrop"):
+        # What is nearest to a pixel's middle: OpenCV's default goes by its corner, up to half a pixel off the image.
+        arguments = {**arguments, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to use other transforms; unknown arguments are refused above
