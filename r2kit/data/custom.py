@@ -2,8 +2,9 @@
 
 albumentations only warns about an argument that it does not know, reduces images with aliasing, takes floats for 0..1
 and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced by means unless the recipe
-says otherwise, masks lie on their images, and pixels that are not 8-bit colours pass through the transforms in a domain
-of 0..1 that is made for each band, so that nothing is clipped and every band varies by its own range.
+says otherwise, masks lie on their images, what is filled is of the mean colour, and pixels that are not 8-bit colours
+pass through the transforms in a domain of 0..1 that is made for each band, so that nothing is clipped and every band
+varies by its own range.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ _REFUSED = {
 }
 _CHOICES = ("OneOf", "SomeOf")
 """Transforms that choose among those that they list under `transforms`."""
+Fill = float | tuple[float, ...]
+"""A value for all bands, or one for each."""
+_ONE_FILL = ("ChannelDropout", "CropAndPad", "MaskDropout")
+"""Transforms that take a value for all bands; CropAndPad would draw one of the bands' values for it."""
 _OWN_RULE = ("self", "mask_interpolation")  # masks hold classes: they are never interpolated
 _DEVIATIONS = 4.0  # an ordinary band lies within this many standard deviations of its mean
 
@@ -78,15 +83,15 @@ class Custom:
 
     def build(self) -> list[Any]:
         """Make the transforms, new ones at each call."""
-        return make_transforms(self._listed, self._fill_mask)
+        return make_transforms(self._listed, self._fill_mask, _mean_colour(self._preprocess))
 
     def enter(self, raw: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
         """Bring an image into the domain of the transforms.
 
         8-bit colours are in it already. Other colours are divided by their type's largest value. Physical values go by
         each band's own range, without clipping any: four standard deviations to both sides of its mean over the
-        training images, widened where this image goes beyond it. Pixels without a measurement become the band's mean,
-        as the network will see them, so that nothing blends with them.
+        training images, widened on both sides where this image goes beyond it, so that the mean is always 0.5. Pixels
+        without a measurement become the band's mean, as the network will see them, so that nothing blends with them.
 
         Args:
             raw: (H, W, C) raw pixels.
@@ -100,20 +105,37 @@ class Custom:
             return raw, lambda image: image
         low, width = np.zeros(raw.shape[2]), np.full(raw.shape[2], preprocess.scale)
         if not preprocess.is_picture:
-            mean, reach = np.asarray(preprocess.mean), _DEVIATIONS * np.asarray(preprocess.std)
-            low = np.minimum((mean - reach) * preprocess.scale, raw.min(axis=(0, 1)))
-            width = np.maximum((mean + reach) * preprocess.scale, raw.max(axis=(0, 1))) - low
+            mean, std = (np.asarray(values) * preprocess.scale for values in (preprocess.mean, preprocess.std))
+            beyond = np.maximum(raw.max(axis=(0, 1)) - mean, mean - raw.min(axis=(0, 1)))
+            reach = np.maximum(_DEVIATIONS * std, beyond)
+            low, width = mean - reach, 2.0 * reach
         domain = ((raw - low) / width).astype(np.float32)
         return np.clip(domain, 0.0, 1.0, out=domain), functools.partial(_leave, low=low, width=width, dtype=raw.dtype)
 
 
-def make_transforms(listed: Sequence[Mapping[str, Any]], fill_mask: int = 255) -> list[Any]:
+def _mean_colour(preprocess: Preprocess) -> Fill:
+    """What stands in for pixels from outside the image, in the domain of the transforms: zero for the network."""
+    if not preprocess.is_picture:
+        return 0.5
+    mean = np.asarray(preprocess.mean)
+    if preprocess.scale == 255.0:
+        mean = np.rint(mean * 255.0)
+    # OpenCV takes a value for each of up to four bands, or one for all.
+    return tuple(mean.tolist()) if 2 <= len(mean) <= 4 else float(mean.mean())
+
+
+def make_transforms(listed: Sequence[Mapping[str, Any]], fill_mask: int = 255, fill: Fill = 0.0) -> list[Any]:
     """Make listed transforms, whatever the images; see `Custom`.
+
+    Args:
+        listed: Each with `name` and arguments.
+        fill_mask: Value of a mask at places from outside the image, unless a transform says otherwise.
+        fill: The same for the image, in the domain of the transforms.
 
     Raises:
         DataError: If a name, an argument or a value is wrong.
     """
-    return _make_all("augment.transforms", listed, fill_mask)
+    return _make_all("augment.transforms", listed, {"fill_mask": fill_mask, "fill": fill})
 
 
 def named_leaves(listed: Sequence[Mapping[str, Any]], made: Sequence[Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -133,7 +155,7 @@ def moves_places(transform: Any) -> bool:
     )
 
 
-def _make_all(where: str, listed: Sequence[Mapping[str, Any]], fill_mask: int) -> list[Any]:
+def _make_all(where: str, listed: Sequence[Mapping[str, Any]], fills: Mapping[str, Fill]) -> list[Any]:
     """Construct the transforms of a list."""
     made = []
     for position, values in enumerate(listed):
@@ -150,8 +172,8 @@ def _make_all(where: str, listed: Sequence[Mapping[str, Any]], fill_mask: int) -
                     f"{place}: {name}: needs transforms, a list of those to choose from, e.g. {{name: {name}, "
                     "transforms: [{name: Blur}, {name: GaussNoise}], p: 0.5}"
                 )
-            arguments["transforms"] = _make_all(f"{place}.transforms", inner, fill_mask)
-        made.append(_make(f"{place}: {name}", name, arguments, fill_mask))
+            arguments["transforms"] = _make_all(f"{place}.transforms", inner, fills)
+        made.append(_make(f"{place}: {name}", name, arguments, fills))
     return made
 
 
@@ -175,7 +197,7 @@ def known_transforms() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> Any:
+def _make(where: str, name: str, arguments: dict[str, Any], fills: Mapping[str, Fill]) -> Any:
     """Construct one transform, every name and value checked."""
     if name in _REFUSED:
         raise DataError(f"{where}: {_REFUSED[name]}")
@@ -191,8 +213,11 @@ def _make(where: str, name: str, arguments: dict[str, Any], fill_mask: int) -> A
         if key not in allowed:
             hint = did_you_mean(key, allowed)
             raise DataError(f"{where}: unknown argument '{key}'; it takes {', '.join(allowed)}{hint}")
-    if "fill_mask" in allowed:
-        arguments = {"fill_mask": fill_mask, **arguments}
+    if name in _ONE_FILL:
+        fills = {key: float(np.mean(value)) for key, value in fills.items()}
+    arguments = {**{key: value for key, value in fills.items() if key in allowed}, **arguments}
+    if name == "Perspective" and isinstance(arguments["fill"], int | float):
+        arguments["fill"] = (arguments["fill"],) * 4  # one value would fill the first band and leave the others black
     if "area_for_downscale" in allowed:
         # Else fine texture becomes coarse false texture, which validation images, reduced without it, do not have.
         arguments = {"area_for_downscale": "image", **arguments}

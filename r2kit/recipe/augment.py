@@ -18,7 +18,8 @@ class AugmentSpec(Spec):
     transforms: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Transforms of albumentations after those of the preset, in order, each by its name with its own arguments, e.g.
     [{name: GaussNoise, std_range: [0.01, 0.05], p: 0.3}]; with preset none, these alone. `OneOf` and `SomeOf` (with
-    `n`) choose among their own `transforms`, e.g. {name: OneOf, transforms: [{name: Blur}, {name: GaussNoise}]}."""
+    `n`) choose among their own `transforms`, e.g. {name: OneOf, transforms: [{name: Blur}, {name: GaussNoise}]}. What
+    comes from outside an image, and holes in it, are of the mean colour unless `fill` says otherwise."""
     mixup: Probability = 0.0
     """Share of the batches whose images are blended in pairs."""
     mixup_alpha: Positive = 0.2

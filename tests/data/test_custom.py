@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from r2kit.data.custom import RGB_ONLY, A, Custom, known_transforms, make_transforms
 from r2kit.data.preprocess import Preprocess
@@ -241,7 +242,7 @@ def test_draws_are_a_function_of_the_key_and_come_after_the_preset() -> None:
         {"name": "Affine", "rotate": [90, 90], "p": 1.0},
         {"name": "HorizontalFlip", "p": 1.0},
         {"name": "RandomCrop", "height": 50, "width": 40, "p": 1.0},
-        {"name": "Pad", "padding": 7, "p": 1.0},
+        {"name": "Pad", "padding": 7, "fill": 0, "p": 1.0},
     ],
 )
 def test_masks_and_boxes_follow_listed_transforms(listed) -> None:
@@ -256,6 +257,36 @@ def test_masks_and_boxes_follow_listed_transforms(listed) -> None:
     assert set(np.unique(got.mask)) <= {0, 1, 255}
     if listed["name"] == "Pad":
         assert (got.mask[:7] == 255).all()  # from outside the image: of no class
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"name": "Affine", "scale": [0.5, 0.5]},
+        {"name": "CropAndPad", "px": 9},
+        {"name": "Pad", "padding": 9},
+        {"name": "Perspective", "scale": [0.2, 0.2], "fit_output": True},
+        {"name": "Rotate", "limit": [30, 30]},
+        {"name": "CoarseDropout"},
+        {"name": "OneOf", "transforms": [{"name": "SafeRotate", "limit": [30, 30], "p": 1.0}]},
+    ],
+)
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 255.0), (np.uint16, 65535.0), (np.float32, 1.0)])
+def test_what_comes_from_outside_the_image_is_nothing_to_the_network(listed, bands: int, dtype, scale: float) -> None:
+    # albumentations' own value is black: -2.25 for a colour of 0.45, and with physical values the far end of the range.
+    names = RGB if bands == 3 else tuple(f"b{i}" for i in range(bands))
+    one = bands > 4 or listed["name"] == "CropAndPad"  # takes one value for all bands
+    means = np.linspace(0.4, 0.5, bands) if not one or scale == 1.0 else np.full(bands, 0.45)
+    means, std = (means, 0.2) if scale != 1.0 else (means * 5000.0, 500.0)
+    stats = (tuple(means.tolist()), (std,) * bands)
+    preprocess = Preprocess(names, *stats, scale, (64, 64), "squash", "bilinear", ("a", "b"))
+    bright = (means + 2 * std) * scale if scale != 1.0 else means + 14 * std  # far beyond the usual
+    raw = np.ones((64, 64, bands)) * bright
+    shown = augment({**listed, "p": 1.0}, preprocess=preprocess)(raw.astype(dtype), (0, 0, 0))
+    seen = preprocess.normalize(torch.from_numpy(shown.astype(np.float32)).permute(2, 0, 1)[None])
+    assert seen.amin(dim=(0, 2, 3)).abs().max() < 0.02
+    assert seen.amax() > 1.9
 
 
 @pytest.mark.parametrize(
