@@ -96,7 +96,10 @@ class DataModule(lightning.LightningDataModule):
         """
         if self._ready:
             return
-        self.source = open_source(self.spec, self.target) if self._opened is None else self._opened
+        # Listed transforms count in pixels of the file: windows, blurs and holes of an image that was decoded smaller
+        # would be of another scale, and differ between JPEG and PNG.
+        whole = bool(self.augment.transforms)
+        self.source = open_source(self.spec, self.target, whole=whole) if self._opened is None else self._opened
         if self._given_preprocess is not None:
             self._check_bands(self._given_preprocess)
         self.labels = self._labels()

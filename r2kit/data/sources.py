@@ -75,17 +75,19 @@ class DenseSource(Source, Protocol):
         ...
 
 
-def open_source(spec: DataSpec, target: Target = "class") -> Source:
+def open_source(spec: DataSpec, target: Target = "class", *, whole: bool = False) -> Source:
     """Open the source that a recipe names.
 
     Args:
         spec: The `data` part of a recipe.
         target: What its rows must carry, see `Recipe.target`.
+        whole: Whether every pixel is wanted; else JPEGs much larger than the network's input are decoded smaller.
 
     Raises:
         DataError: If the data cannot be used.
         MissingExtraError: If the source needs packages of an extra that is not installed.
     """
+    network = None if whole else spec.network
     if target in ("boxes", "outlines"):
         from r2kit.data.boxes.source import open_boxes
 
@@ -111,7 +113,7 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         from r2kit.data.public import open_public
 
         public = open_public(spec, loader_workers(spec.workers))
-        public.decode_for(spec.network, spec.cache_gb)
+        public.decode_for(network, spec.cache_gb)
         return public
     if spec.root is None:  # the recipe refuses this; kept for callers that build a spec without validation
         raise ValueError(f"data.root is needed for source '{spec.resolved_source}'")
@@ -134,7 +136,7 @@ def open_source(spec: DataSpec, target: Target = "class") -> Source:
         files = ImageFolder(
             root, bands=spec.bands, band_files=spec.band_files, on_bad_file=spec.on_bad_file, workers=workers
         )
-    files.decode_for(spec.network, spec.cache_gb)
+    files.decode_for(network, spec.cache_gb)
     return files
 
 

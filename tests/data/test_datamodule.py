@@ -7,6 +7,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from r2kit.data.bluemarble import BlueMarble
 from r2kit.data.datamodule import DataModule
@@ -232,3 +233,21 @@ def test_large_jpegs_are_decoded_by_what_the_network_sees(make_folder: MakeFolde
     for batch in data.val_dataloader():
         for image, row in zip(batch["image"], batch["index"], strict=True):
             assert torch.equal(image, data.preprocess.apply(data.source.read(int(row))))
+
+
+def test_listed_transforms_count_in_pixels_of_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(9):
+            pixels = np.tile(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8), (8, 8, 1))  # repeats every 16 pixels
+            Image.fromarray(pixels).save(tmp_path / label / f"{number}.jpg", quality=100, subsampling=0)
+    crop = {"name": "RandomCrop", "height": 32, "width": 32, "p": 1.0}
+    data = module(folder_spec(tmp_path, image_size=32), AugmentSpec(preset="none", transforms=(crop,)))
+    assert data.source.read(0).shape == (128, 128, 3)
+    image = next(iter(data.train_dataloader()))["image"]
+    # Decoded at half the size, the pattern would repeat every 8 pixels.
+    repeats = [(image[..., :16] - image[..., shift : shift + 16]).abs().mean() for shift in (8, 16)]
+    assert repeats[1] < 0.05 * repeats[0]
+    plain = module(folder_spec(tmp_path, image_size=32))
+    assert plain.source.read(0).shape == (64, 64, 3)
