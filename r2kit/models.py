@@ -141,7 +141,11 @@ def fit_preprocess(preprocess: Preprocess, report: LoadReport | None) -> tuple[P
         return preprocess, "normalisation: that of the training images; the weights' own is for other bands"
     ours = get_args(Interpolation)
     interpolation = cast(Interpolation, wanted.interpolation) if wanted.interpolation in ours else None
-    return preprocess.with_stats(wanted.mean, wanted.std, interpolation), "normalisation: that of the weights"
+    mean, std = list(wanted.mean), list(wanted.std)
+    if report is not None and report.rgb_bands is not None and len(report.rgb_bands) == len(mean):
+        for position, band in enumerate(report.rgb_bands):
+            mean[band], std[band] = wanted.mean[position], wanted.std[position]
+    return preprocess.with_stats(mean, std, interpolation), "normalisation: that of the weights"
 
 
 def model_from_run(run: Run) -> nn.Module:

@@ -23,6 +23,40 @@ def test_red_green_and_blue_are_found_by_name(tmp_path):
     assert not first[:, 0].any()
 
 
+def test_three_bands_in_another_order_see_what_colour_images_see(tmp_path):
+    from r2kit.backbones.weights import save_weights
+    from r2kit.data.preprocess import Preprocess
+    from r2kit.models import fit_preprocess
+
+    torch.manual_seed(0)
+    source = r2kit.create_model("test_resnet", num_classes=2).eval()
+    known = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    save_weights(source, tmp_path / "rgb.safetensors", {"preprocess": known})
+    spec = ModelSpec(name="test_resnet", pretrained=str(tmp_path / "rgb.safetensors"), in_chans_rule="mean")
+    image = torch.rand(1, 3, 64, 64)
+    for names in (("blue", "green", "red"), ("green", "red", "blue"), ("Red", "green", "blue")):
+        model = build_model(spec, num_classes=2, bands=names).eval()
+        order = [("red", "green", "blue").index(name.lower()) for name in names]
+        with torch.inference_mode():
+            torch.testing.assert_close(model(image[:, order]), source(image), rtol=1e-4, atol=1e-5)
+        ours = Preprocess(names, (0.5,) * 3, (0.2,) * 3, 255.0, (64, 64), "squash", "bilinear", ("a", "b"))
+        fitted, _ = fit_preprocess(ours, model.load_report)
+        assert fitted.mean == tuple(known["mean"][place] for place in order)
+        assert fitted.std == tuple(known["std"][place] for place in order)
+        # The weights of a run go on with its own bands as they were.
+        save_weights(model, tmp_path / "run.safetensors", {"preprocess": fitted.to_dict()})
+        on = build_model(
+            ModelSpec(name="test_resnet", pretrained=str(tmp_path / "run.safetensors")), num_classes=2, bands=names
+        )
+        assert torch.equal(next(on.parameters()), next(model.parameters()))
+        assert fit_preprocess(ours, on.load_report)[0].mean == fitted.mean
+    false = ("nir", "red", "green")
+    save_weights(source, tmp_path / "false.safetensors", {"preprocess": {**known, "bands": list(false)}})
+    spec = ModelSpec(name="test_resnet", pretrained=str(tmp_path / "false.safetensors"))
+    kept = build_model(spec, num_classes=2, bands=("blue", "green", "red"))
+    assert torch.equal(next(kept.parameters()), next(source.parameters()))  # nobody knows where near infrared belongs
+
+
 def test_a_recipe_without_images_cannot_warm_start():
     spec = ModelSpec(name="res2netplus50d", warm_start=True, pretrained=True)
     with pytest.raises(ValueError, match="measures statistics on training images"):

@@ -64,8 +64,9 @@ def adapt_first_conv(
     - ``zero``: the m kernels as they are, and zeros for the other bands: the network first sees only RGB.
     - ``random``: the m kernels as they are; the other bands keep their random initialisation.
 
-    One band always gets the sum of the kernels, because a grey image is R = G = B. With fewer bands than kernels no
-    band is left for ``zero`` and ``random``, and they do what ``repeat`` does.
+    As many bands as kernels only change their places. One band always gets the sum of the kernels, because a grey image
+    is R = G = B. With fewer bands than kernels no band is left for ``zero`` and ``random``, and they do what ``repeat``
+    does.
 
     Args:
         weight: (O, m, kH, kW), from the file.
@@ -82,7 +83,7 @@ def adapt_first_conv(
     """
     m, n = weight.shape[1], fresh.shape[1]
     names = "RGB kernels" if m == 3 else f"kernels of {m} bands"
-    if m == n and rgb_bands is None:
+    if m == n and (rgb_bands is None or tuple(rgb_bands) == tuple(range(n))):
         return weight.to(fresh.dtype), f"{names} as they are"
     kernels = weight.to(torch.float32)
     if rgb_bands is not None and m <= n:
@@ -93,7 +94,10 @@ def adapt_first_conv(
         bands = list(range(min(m, n)))
     placed = f" on bands {', '.join(map(str, bands))}" if rgb_bands is not None and m <= n else ""
 
-    if n == 1:
+    if m == n:
+        out, text = torch.empty_like(kernels), f"{names}{placed}"
+        out[:, bands] = kernels
+    elif n == 1:
         out, text = kernels.sum(1, keepdim=True), f"{names} summed for one band"
     elif rule == "mean":
         out = kernels.mean(1, keepdim=True).expand(-1, n, -1, -1) * (m / n)
@@ -246,7 +250,10 @@ def fit_first_conv(
     for name in _first_conv_names(model):
         key = f"{name}.weight"
         theirs, ours = state.get(key), wanted.get(key)
-        if theirs is None or ours is None or theirs.ndim != 4 or ours.ndim != 4 or theirs.shape == ours.shape:
+        if theirs is None or ours is None or theirs.ndim != 4 or ours.ndim != 4:
+            continue
+        moved = rgb_bands is not None and len(rgb_bands) == ours.shape[1] and list(rgb_bands) != sorted(rgb_bands)
+        if theirs.shape == ours.shape and not moved:
             continue
         if theirs.shape[0] == ours.shape[0] and theirs.shape[2:] == ours.shape[2:]:
             state[key], text = adapt_first_conv(theirs, ours, rule, rgb_bands)

@@ -75,6 +75,8 @@ class LoadReport:
         preprocessing: What the images must look like.
         licence: Of the weights, where it is known.
         metadata: What the file says of itself: our own `save_weights` metadata, else what safetensors holds.
+        rgb_bands: Which bands of the model the kernels of the source were meant for, in their order; None where that
+            is not known by name.
     """
 
     source: str
@@ -88,6 +90,7 @@ class LoadReport:
     preprocessing: Preprocessing | None = None
     licence: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    rgb_bands: tuple[int, ...] | None = None
 
     def lines(self) -> list[str]:
         """Return the report as a few lines for a person."""
@@ -135,7 +138,7 @@ def load_weights(
         str(file),
         kind,
         in_chans_rule=in_chans_rule,
-        rgb_bands=rgb_bands,
+        rgb_bands=_in_their_order(rgb_bands, _bands(file, metadata)),
         strict=strict,
         metadata=metadata,
     )
@@ -223,6 +226,7 @@ def load_state(
         notes=tuple(notes),
         licence=_text_or_none(metadata.get("licence")),
         metadata=dict(metadata),
+        rgb_bands=None if rgb_bands is None else tuple(rgb_bands),
     )
 
 
@@ -276,6 +280,22 @@ def _preprocessing(file: Path, metadata: Mapping[str, Any], model: nn.Module) ->
     return Preprocessing(
         tuple(cfg["mean"]), tuple(cfg["std"]), cfg.get("interpolation", "bilinear"), cfg.get("crop_pct"), "assumed"
     )
+
+
+def _bands(file: Path, metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the bands that the weights of a run were made for, None where the file does not say."""
+    for source in (metadata.get("preprocess"), read_json_beside(file, "preprocess.json")):
+        if isinstance(source, Mapping) and isinstance(source.get("bands"), list):
+            return tuple(str(name).lower() for name in source["bands"])
+    return None
+
+
+def _in_their_order(rgb_bands: Sequence[int] | None, bands: tuple[str, ...] | None) -> tuple[int, ...] | None:
+    """Return where red, green and blue are, in the order of the kernels; None for kernels that are of other bands."""
+    if rgb_bands is None or bands is None:
+        return None if rgb_bands is None else tuple(rgb_bands)
+    place = dict(zip(("red", "green", "blue"), rgb_bands, strict=True))
+    return tuple(place[band] for band in bands) if set(bands) == set(place) and len(bands) == 3 else None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
