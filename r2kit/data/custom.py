@@ -101,6 +101,8 @@ class Custom:
         """
         preprocess = self._preprocess
         raw = preprocess.fill_missing(raw)
+        if preprocess.scale == 255.0 and raw.dtype != np.uint8:  # 8 bits with pixels that were missing
+            raw = np.clip(np.rint(raw), 0, 255).astype(np.uint8)
         if raw.dtype == np.uint8:
             return raw, lambda image: image
         low, width = np.zeros(raw.shape[2]), np.full(raw.shape[2], preprocess.scale)

@@ -17,7 +17,7 @@ import pandas as pd
 import rasterio
 import rasterio.warp
 from affine import Affine
-from rasterio.enums import Resampling
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
@@ -136,6 +136,8 @@ class RasterTiles:
     def read(self, row: int) -> np.ndarray:
         """Return tile `row` as (tile, tile, C); at the border filled up with the raster's own edge.
 
+        What is transparent was not measured: a tile with such pixels has NaN there, and so is of floats.
+
         Raises:
             DataError: If the file has gone or cannot be read.
         """
@@ -168,7 +170,12 @@ class RasterTiles:
         sheet = self._sheets[number]
         height, width = sheet.inside(y, x, self.tile)
         with naming(sheet.path, f"cannot be read at row {y}, column {x}"):
-            raw = self._open.get(sheet.path).read(sheet.positions, window=Window(x, y, width, height))
+            dataset, window = self._open.get(sheet.path), Window(x, y, width, height)
+            raw = dataset.read(sheet.positions, window=window)
+            if MaskFlags.per_dataset in dataset.mask_flag_enums[0]:  # a band of transparency, or a mask in the file
+                outside = dataset.dataset_mask(window=window) == 0
+                if outside.any():
+                    raw = np.where(outside, np.float32(np.nan), raw)
         below, right = self.tile - height, self.tile - width
         filled: np.ndarray = np.pad(raw, ((0, 0), (0, below), (0, right)), mode="edge").transpose(1, 2, 0)
         return np.ascontiguousarray(filled)

@@ -23,7 +23,8 @@ class RastersSpec(Spec):
     """Side of a tile in pixels of the raster. Tiles at the right and lower border are filled up; what is filled up has
     no class."""
     min_valid: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """A tile is used when at least this share of its pixels lies inside the raster, is measured and is labelled."""
+    """A tile is used when at least this share of its pixels lies inside the raster, is measured and is labelled.
+    What is transparent was not measured."""
     purity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
     """For one class per tile: a tile is used when more than this share of its labelled pixels is of one class."""
 

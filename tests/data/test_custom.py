@@ -213,6 +213,16 @@ def test_missing_pixels_do_not_blend_into_their_neighbours() -> None:
     np.testing.assert_allclose(result, 2000.0, rtol=1e-5)
 
 
+def test_eight_bits_of_which_some_are_missing_are_eight_bits() -> None:
+    raw = noise().astype(np.float32)
+    raw[:20] = np.nan
+    known = raw.copy()
+    known[:20] = 128  # the mean
+    listed = ({"name": "Rotate", "limit": [30, 30], "p": 1.0}, {"name": "GaussNoise", "p": 1.0})
+    expected = augment(*listed)(known.astype(np.uint8), (0, 0, 0))
+    np.testing.assert_array_equal(augment(*listed)(raw, (0, 0, 0)), expected)
+
+
 def test_eight_bits_are_what_albumentations_makes_of_them() -> None:
     raw = noise()
     made = augment({"name": "Posterize", "num_bits": [3, 3], "p": 1.0})

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
+import torch
 from rasterio.transform import Affine
 
 from r2kit.data.datamodule import DataModule
+from r2kit.data.dense import MaskSamples
 from r2kit.data.polygons import place_of
+from r2kit.data.preprocess import Preprocess
 from r2kit.data.rasters import RasterTiles
 from r2kit.data.sources import open_source
+from r2kit.data.statistics import band_statistics
 from r2kit.data.targets import IGNORE
 from r2kit.errors import DataError, RecipeError
 from r2kit.recipe import AugmentSpec, DataSpec
@@ -250,3 +254,42 @@ def test_labels_that_cannot_be_used(scene, tmp_path):
 def test_recipes_that_contradict_themselves(override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe({}, [override])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["band", "mask"])
+def test_what_is_transparent_was_not_measured(tmp_path, inside):
+    # An orthophoto: its collar is black, and a map of it leaves the collar without a class.
+    rgb = np.full((3, 64, 96), 90, np.uint8) + np.arange(96, dtype=np.uint8)
+    opaque = np.full((64, 96), 255, np.uint8)
+    opaque[:, :12], opaque[:32, 64:] = 0, 0
+    rgb[:, opaque == 0] = 0
+    scene = tmp_path / "ortho.tif"
+    if inside:
+        write(scene, np.concatenate([rgb, opaque[None]]), photometric="RGB", alpha="YES")
+    else:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            write(scene, rgb, photometric="RGB")
+            with rasterio.open(scene, "r+") as out:
+                out.write_mask(opaque)
+    labels = write(tmp_path / "mask.tif", halves(64, 96))
+    source = RasterTiles(spec(scene, labels), "mask")
+    assert source.bands == ("red", "green", "blue")
+    assert not any(identity.endswith("@0+64") for identity in source.manifest["id"])  # nothing but collar
+    row = at(source, 32, 0)
+    raw = source.read(row)
+    assert np.isnan(raw[:, :12]).all()
+    assert (raw[:, 12:] == rgb[:, 32:, 12:32].transpose(1, 2, 0)).all()
+    assert source.pixels[row].tolist() == [20 * 32, 0]
+    assert source.read(at(source, 32, 32)).dtype == np.uint8
+    statistics = band_statistics(source, np.arange(len(source.manifest)))
+    assert statistics["min"].min() > 90  # black does not count
+    prep = Preprocess(
+        source.bands,
+        *(tuple(float(value) / 255 for value in statistics[key]) for key in ("mean", "std")),
+        *(255.0, (32, 32), "squash", "bilinear", source.classes),
+    )
+    samples = MaskSamples(source, np.zeros(9, np.int64), prep, AugmentSpec(preset="none"), 0, train=False)
+    batch = samples.collate([samples[(0, row)]])
+    assert (batch["mask"][0, :, :12] == IGNORE).all()
+    assert batch["image"][0, :, :, :12].abs().max() < 0.02
+    assert torch.isfinite(batch["image"]).all()
