@@ -35,6 +35,7 @@ RGB_ONLY = frozenset(
     )
 )
 """Transforms that make sense of red, green and blue only."""
+_COLOURS = ("red", "green", "blue")
 
 _REFUSED = {
     **dict.fromkeys(
@@ -252,6 +253,9 @@ def _check_fit(where: str, transform: Any, name: str, preprocess: Preprocess, ta
         what = f"{len(bands)} band(s) ({', '.join(bands)})"
         units = "" if preprocess.is_picture else " of physical values"
         raise DataError(f"{where}: is for colours in red, green and blue, and these images have {what}{units}")
+    named = tuple(band.lower() for band in bands)
+    if name in RGB_ONLY and len(bands) == 3 and named != _COLOURS and set(named) & set(_COLOURS):
+        raise DataError(f"{where}: is for red, green and blue in this order, and the bands are {', '.join(bands)}")
     if "BBox" in name and target != "boxes":
         raise DataError(f"{where}: needs boxes, and the data has none")
     needs = set(transform.targets_as_params) - {"mask", "bboxes"}

@@ -258,7 +258,8 @@ class Augment:
             key: As of `__call__`; the image is the same as there.
             mask: (H, W) of any real type; its values stay what they are.
             boxes: (N, 4), x1 y1 x2 y2 in pixels. A box of which less than a fifth is still seen is left out, the others
-                end at the border.
+                end at the border, and after listed transforms where their mask ends, if they have one: around a box
+                that was turned there is more room than around the object in it.
             masks: (N, H, W) bool, one for each box: no object reaches outside the image.
         """
         if masks is not None and (boxes is None or len(masks) != len(boxes) or masks.dtype != bool):
@@ -277,6 +278,8 @@ class Augment:
             moved = np.asarray(result["masks"]) if len(masks) else np.zeros((0, *shape), np.uint8)
             masks = moved[kept] == 1  # what is filled is of another value
         places = None if boxes is None else np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
+        if masks is not None and places is not None and self._listed is not None and self._listed.moves:
+            places = _within(places, masks)
         return Augmented(result["image"], result.get("mask"), places, kept, masks)
 
     def _run(self, data: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
@@ -289,6 +292,17 @@ class Augment:
         return {**data, "image": back(data["image"])}
 
 
+def _within(boxes: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Let boxes (N, 4) end where their masks (N, H, W) end; a box without a pixel of its mask stays."""
+    tight = boxes.copy()
+    for box, mask in zip(tight, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(rows):
+            box[:2] = np.maximum(box[:2], (columns[0], rows[0]))
+            box[2:] = np.minimum(box[2:], (columns[-1] + 1, rows[-1] + 1))
+    return tight
+
+
 class _Stage:
     """Some transforms as a pipeline for images, and one for images with boxes.
 
@@ -298,15 +312,15 @@ class _Stage:
 
     def __init__(self, build: Callable[[], list[Any]]) -> None:
         self.plain = A.Compose(build())
-        self._moves = any(moves_places(step) for step in self.plain.transforms)
+        self.moves = any(moves_places(step) for step in self.plain.transforms)
         boxes = A.BboxParams(format="pascal_voc", label_fields=["position"], clip=True, min_visibility=_MIN_VISIBLE)
-        self.boxed = A.Compose(build(), bbox_params=boxes) if self._moves else self.plain
+        self.boxed = A.Compose(build(), bbox_params=boxes) if self.moves else self.plain
 
     def run(self, data: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
         """Transform one image with all that is given, drawing from the key alone."""
         if not self.plain.transforms:
             return data
-        given = data if self._moves else {"image": data["image"]}  # no place changes
+        given = data if self.moves else {"image": data["image"]}  # no place changes
         pipeline = self.boxed if "bboxes" in given else self.plain
         words = np.random.SeedSequence(key).generate_state(3, np.uint64)
         # One generator for the whole pipeline: set_random_seed would start every transform from the same state.

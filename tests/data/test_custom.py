@@ -1,5 +1,6 @@
 """Listed albumentations transforms: what is refused, in which domain they work, and that places follow."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_colour_transforms_want_colours(name: str) -> None:
     for preprocess, what in ((prep(13), r"13 band\(s\)"), (prep(3, scale=1.0), "of physical values")):
         with pytest.raises(DataError, match=f"{name}: is for colours in red, green and blue, and these .* {what}"):
             augment({"name": name}, preprocess=preprocess)
+
+
+@pytest.mark.parametrize("bands", [("nir", "red", "green"), ("Blue", "Green", "Red")])
+def test_colour_transforms_want_colours_in_their_order(bands: tuple[str, ...]) -> None:
+    # Their hues, greys and tints would be those of other bands.
+    three = replace(prep(), bands=bands)
+    with pytest.raises(DataError, match=f"ToGray: is for red, green and blue in this order, .* are {', '.join(bands)}"):
+        augment({"name": "ToGray"}, preprocess=three)
+    augment({"name": "ToGray"}, preprocess=replace(prep(), bands=("band1", "band2", "band3")))  # may be colours
+    augment({"name": "GaussNoise"}, preprocess=three)
 
 
 def test_every_transform_is_either_right_on_any_bands_or_refused() -> None:
@@ -320,6 +331,17 @@ def test_no_object_reaches_outside_the_image_or_into_a_hole(listed) -> None:
     assert got.masks.sum() > 0
     wrong = got.masks[0] != (got.image[..., 0] > 130)
     assert wrong.mean() < 0.01  # the half pixel at the rim
+
+
+def test_a_turned_box_ends_where_its_object_ends() -> None:
+    y, x = np.mgrid[:64, :64]
+    disc = (x - 32) ** 2 + (y - 32) ** 2 < 15**2
+    made = augment({"name": "Rotate", "limit": [45, 45], "p": 1.0}, target="boxes")
+    box = np.array([[17.0, 17.0, 48.0, 48.0]])
+    got = made.with_targets(noise(), (0, 0, 0), boxes=box, masks=disc[None])
+    np.testing.assert_allclose(got.boxes, box, atol=1.5)  # a disc is as wide as before
+    alone = made.with_targets(noise(), (0, 0, 0), boxes=box)
+    assert np.ptp(alone.boxes[0, ::2]) > 1.3 * 31  # nobody knows more than the corners
 
 
 def test_noise_alone_leaves_boxes_where_they_are() -> None:
