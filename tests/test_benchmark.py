@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,19 @@ def test_a_wrong_fast_form_is_found():
     assert check_same(net, net, image) == 0
     with pytest.raises(ModelError, match="differs from the plain one by"):
         check_same(net, nn.Linear(2, 2), image)
+
+
+def test_a_branch_that_begins_with_zero_is_compared():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    nn.init.zeros_(net[1].weight)
+    wrong = copy.deepcopy(net)
+    nn.init.constant_(wrong[0].weight, 0.5)
+    image = torch.randn(2, 3, 4, 4)
+    assert torch.equal(net(image), wrong(image))
+    assert check_same(net, net, image) == 0
+    with pytest.raises(ModelError, match="differs from the plain one by"):
+        check_same(net, wrong, image)
+    assert not net[1].weight.any(), "the network given is not the one that is changed"
 
 
 def test_unknown_name(capsys):

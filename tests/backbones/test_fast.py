@@ -283,6 +283,8 @@ def test_direct_kernel(dtype, batch, chans, out_chans, height, width, kernel, st
     dx = dx.contiguous(memory_format=torch.channels_last)
     direct.convolve(dy, weight, (height, width), stride, (pad, pad), finish(rows(dx)), back=True)
     assert (dx - exact).abs().max() <= tolerance * exact.abs().max()
+    direct.convolve(dy, weight, (height, width), stride, (pad, pad), finish(rows(dx)), back=True, adds=True)
+    assert (dx - 2 * exact).abs().max() <= 2 * tolerance * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

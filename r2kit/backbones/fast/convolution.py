@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r2kit.backbones.fast import direct, native, norm_act, product, squares, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import (
+    direct,
+    memory,
+    native,
+    norm_act,
+    product,
+    squares,
+    weight_grad,
+    winograd,
+    winograd_grad,
+)
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.fast.tile import FinishArgs, finish
 
@@ -97,8 +107,12 @@ class Conv:
         if self.is_product and not x.is_cuda:
             x = self._met(x)
             matrix = weight.flatten(1).t()
-            out = rows(x) @ matrix if bias is None else torch.addmm(bias, rows(x), matrix)
-            return images(out, x.shape[0], x.shape[2], x.shape[3])
+            out = room(x, len(weight), (x.shape[2], x.shape[3]))
+            if bias is None:
+                torch.mm(rows(x), matrix, out=rows(out))
+            else:
+                torch.addmm(bias, rows(x), matrix, out=rows(out))
+            return out
         out = torch.conv2d(x, weight, bias, self.stride, self.pad, self.dilation, self.groups)
         return out.contiguous(memory_format=torch.channels_last)
 
@@ -156,6 +170,14 @@ class Conv:
             out: Like `x`, may be some channels of a wider tensor; the gradient is written here. Not with `into`.
         """
         size = (x.shape[2], x.shape[3])
+        known = x.dtype in _DTYPES and not x.is_cuda
+        if self.is_product and known and self.is_direct(dy.shape[1], len(rows(dy))):
+            grad = into
+            if grad is None:
+                grad = room(x, x.shape[1], size) if out is None else out
+            end = finish(rows(grad))
+            direct.convolve(dy, weight, size, self.stride, (0, 0), end, back=True, adds=into is not None)
+            return grad
         if self.is_product and not x.is_cuda:
             matrix = weight.flatten(1)
             if self.stride != (1, 1):
@@ -168,13 +190,10 @@ class Conv:
                 rows(into).addmm_(rows(dy), matrix)
                 return into
             grad = room(x, x.shape[1], size) if out is None else out
-            if self.is_direct(dy.shape[1], len(rows(dy))):
-                direct.convolve(dy, weight, size, (1, 1), (0, 0), finish(rows(grad)), back=True)
-            else:
-                torch.mm(rows(dy), matrix, out=rows(grad))
+            torch.mm(rows(dy), matrix, out=rows(grad))
             return grad
         filtered = self.is_filter(dy.shape[1], size)
-        if (filtered or self.is_direct(dy.shape[1], len(rows(x)))) and x.dtype in _DTYPES and not x.is_cuda:
+        if known and (filtered or self.is_direct(dy.shape[1], len(rows(x)))):
             grad = room(x, x.shape[1], size) if out is None else out
             if filtered:
                 pad = (2 - self.pad[0], 2 - self.pad[1])
@@ -194,7 +213,9 @@ class Conv:
         if x.is_cuda:
             grad = self._torch_grad(dy, x, weight, 1)
         elif self.is_product and not (owned and native.has_wide_vectors()):
-            return (rows(dy).t() @ rows(self._met(x))).view(weight.shape)
+            grad = memory.empty(x, (len(weight), x.shape[1], 1, 1))
+            torch.mm(rows(dy).t(), rows(self._met(x)), out=grad.flatten(1))
+            return grad
         elif self._has_filtered_weights(x, dy):
             grad = winograd_grad.weight_grad(x, dy, self.pad)
         elif owned:
@@ -253,8 +274,7 @@ def rows(x: Tensor) -> Tensor:
 
 def room(like: Tensor, chans: int, size: tuple[int, int]) -> Tensor:
     """Return new memory for (B, `chans`, *size), channels-last."""
-    shape = (len(like), chans, *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return memory.empty(like, (len(like), chans, *size))
 
 
 def images(x: Tensor, batch: int, height: int, width: int) -> Tensor:

@@ -6,7 +6,8 @@ the rows of dy, ((h + pad - i) / s, (w + pad - j) / s) where that is whole: of 3
 or four, the same ones for all pixels whose h and w leave the same remainders. Those are a class; forward there is one
 class with every tap. The weights are packed into panels; a tile of the product takes rows of one class and runs over
 its taps without a copy of what they read: in place of a pixel beyond the image stands a row of zeros. The sums of a
-block of rows go, one whole row after the other, through `Finish` to where they belong.
+block of rows go, one whole row after the other, through `Finish` to where they belong; sums that are wanted as they are
+go there from the tile, or are added to what is there.
 
 What it is used for: strided convolutions, and 1x1 convolutions, which are products of matrices, of up to `widest`
 channels: where a library's packing of both sides costs more than it gives.
@@ -38,12 +39,14 @@ struct Args {
   int64_t out_height, out_width, out_chans;
   int64_t taps_h, taps_w, stride_h, stride_w, pad_h, pad_w;
   int64_t back;                                        // whether x is dy, and what is written the input's gradient
+  int64_t adds;                                        // whether the sums, as they are, are added to finish.y
   int64_t w_h, w_w, w_c, w_k;     // weight of tap (i, j) from c to k: w[i w_h + j w_w + c w_c + k w_k]
   int64_t threads;
   const void *x, *w;
   Finish finish;
 };
 constexpr int64_t SUMS = 8 * 1024;  // values that the sums of a block of rows may take
+constexpr int64_t MOST = 16 * MR;   // rows of a block
 
 // The pixels whose coordinates leave one pair of remainders, and the taps that they read with.
 struct Class {
@@ -61,6 +64,23 @@ struct Class {
   }
 };
 
+// Write or add the sums of a tile where they belong, channels `from` and on of the output's rows `row`.
+template <class T> static void place(const Args& a, const T* const* at, const int64_t* where, int64_t segments,
+                                     const T* b, const int64_t* row, int64_t rows, int64_t from) {
+  constexpr int64_t W = panel<T>;
+  const int64_t chans = std::min(W, a.out_chans - from);
+  T* to[MR];
+  for (int64_t i = 0; i < rows; i++) to[i] = (T*)a.finish.y + row[i] * a.finish.ldy + from;
+  if (chans % width<T> == 0) {
+    tile_to_of<T>(rows, chans, a.adds)(at, where, segments, a.chans, b, to);
+    return;
+  }
+  T part[MR * W];
+  tile_of<T>(rows, chans)(at, where, segments, a.chans, b, part, W);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < chans; j++) to[i][j] = a.adds ? to[i][j] + part[i * W + j] : part[i * W + j];
+}
+
 template <class T> static void run(const Args& a) {
   const int64_t W = panel<T>, panels = (a.out_chans + W - 1) / W, taps = a.taps_h * a.taps_w;
   const Ready<T> ready(a.finish, a.out_chans);
@@ -68,6 +88,7 @@ template <class T> static void run(const Args& a) {
   std::vector<Class> classes;
   for (int64_t h = 0; h < (a.back ? std::min(a.stride_h, a.out_height) : 1); h++)
     for (int64_t w = 0; w < (a.back ? std::min(a.stride_w, a.out_width) : 1); w++) classes.emplace_back(a, h, w);
+  const bool as_they_are = a.finish.order == 0 && !a.finish.offset && !a.finish.y2;
   // Threads share the rows, or the columns where there are few rows.
   const bool by_rows = a.batch * a.out_height * a.out_width >= 1024;
 #pragma omp parallel num_threads(a.threads)
@@ -76,7 +97,8 @@ template <class T> static void run(const Args& a) {
     const int64_t first = by_rows ? 0 : panels * t / n, last = by_rows ? panels : panels * (t + 1) / n;
     const int64_t wide = (last - first) * W, chans = std::min(a.out_chans - first * W, wide);
     const int64_t step = taps * a.chans * W;
-    const int64_t block = std::min<int64_t>(8 * MR, std::max(MR, SUMS / std::max(wide, W) / MR * MR));
+    const int64_t fits = as_they_are ? MOST : SUMS / std::max(wide, W) / MR * MR;
+    const int64_t block = std::min(MOST, std::max(MR, fits));
     T *b = kept<T, 0>((last - first) * step + 4 * W), *sums = kept<T, 1>(block * wide);
     std::vector<int64_t> where(taps);
     std::vector<const T*> at(block * taps);
@@ -95,9 +117,10 @@ template <class T> static void run(const Args& a) {
       const int64_t from = by_rows ? groups * t / n * MR : 0;
       const int64_t to = by_rows ? std::min(total, groups * (t + 1) / n * MR) : total;
       for (int64_t q = 0; q < segments; q++) where[q] = part.taps[q] * a.chans * W;
+      if (a.adds && segments == 0) continue;
       for (int64_t r0 = from; r0 < to && wide; r0 += block) {
         const int64_t count = std::min(block, to - r0);
-        int64_t row[8 * MR];
+        int64_t row[MOST];
         for (int64_t i = 0; i < count; i++) {
           const int64_t r = r0 + i, image = r / (part.tall * part.across);
           const int64_t h = r / part.across % part.tall * part.step_h + part.first_h;
@@ -112,6 +135,13 @@ template <class T> static void run(const Args& a) {
             at[(i / MR * segments + q) * MR + i % MR] =
                 inside ? (const T*)a.x + ((image * a.height + y) * a.width + x) * a.ldx : zeros.data();
           }
+        }
+        if (as_they_are) {
+          for (int64_t p = 0; p < last - first; p++)
+            for (int64_t i = 0; i < count; i += MR)
+              place<T>(a, at.data() + i * segments, where.data(), segments, b + p * step, row + i,
+                       std::min(MR, count - i), (first + p) * W);
+          continue;
         }
         for (int64_t p = 0; p < last - first; p++)
           for (int64_t i = 0; i < count; i += MR) {
@@ -149,7 +179,10 @@ class _Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "chans", "ldx")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_chans")),
-        *((name, ctypes.c_int64) for name in ("taps_h", "taps_w", "stride_h", "stride_w", "pad_h", "pad_w", "back")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("taps_h", "taps_w", "stride_h", "stride_w", "pad_h", "pad_w", "back", "adds")
+        ),
         *((name, ctypes.c_int64) for name in ("w_h", "w_w", "w_c", "w_k", "threads")),
         ("x", ctypes.c_void_p),
         ("w", ctypes.c_void_p),
@@ -166,6 +199,7 @@ def convolve(
     end: FinishArgs,
     *,
     back: bool = False,
+    adds: bool = False,
 ) -> None:
     """Do what `end` says with the sums of a convolution, or with the gradient of its input.
 
@@ -177,6 +211,7 @@ def convolve(
         pad: Zeros above and left of the convolution's input.
         end: Where to write; its rows are (B * OH * OW, K).
         back: Whether the gradient of the input is wanted.
+        adds: Whether the sums are added to what stands there; only where `end` leaves them as they are.
     """
     w_k, w_c, w_h, w_w = weight.stride()
     chans_out = weight.shape[0]
@@ -184,7 +219,7 @@ def convolve(
         w_k, w_c, chans_out = w_c, w_k, weight.shape[1]
     args = _Args(
         *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], pixel_step(x), *out_size, chans_out),
-        *(weight.shape[2], weight.shape[3], *stride, *pad, int(back)),
+        *(weight.shape[2], weight.shape[3], *stride, *pad, int(back), int(adds)),
         *(w_h, w_w, w_c, w_k, native.threads(), x.data_ptr(), weight.data_ptr(), end),
     )
     library = native.load(SOURCE)

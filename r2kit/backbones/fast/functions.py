@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from r2kit.backbones.fast import norm_act
+from r2kit.backbones.fast import memory, norm_act
 from r2kit.backbones.fast.convolution import Conv, room, rows
 from r2kit.backbones.fast.norm_act import Norm
 
@@ -82,7 +82,7 @@ class _ConvNormFunction(Function):
         if part.norm is None:
             out, stats = conv_out, None
         else:
-            out = torch.empty_like(conv_out) if keep else conv_out
+            out = memory.empty_like(conv_out) if keep else conv_out
             stats = _stats(part.norm, conv_out)
             norm_act.forward(rows(conv_out), part.norm, stats, rows(out))
         if keep:
@@ -99,7 +99,7 @@ class _ConvNormFunction(Function):
         dy = _channels_last(dy)
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if part.norm is not None:
-            dc = torch.empty_like(conv_out)
+            dc = memory.empty_like(conv_out)
             dnorm = norm_act.backward(rows(conv_out), part.norm, stats, rows(dy), rows(dc))
             dy = dc
         dx = part.conv.input_grad(dy, x, part.weight) if need_x else None
@@ -121,7 +121,7 @@ def conv_norm(part: ConvNorm, x: Tensor) -> Tensor:
 class _NormActFunction(Function):
     @staticmethod
     def forward(ctx: Any, norm: Norm, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        out, stats = torch.empty_like(x), _stats(norm, x)
+        out, stats = memory.empty_like(x), _stats(norm, x)
         norm_act.forward(rows(x), norm, stats, rows(out))
         ctx.norm = norm
         ctx.save_for_backward(x, stats, *tensors)
@@ -131,7 +131,7 @@ class _NormActFunction(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, stats, *_ = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        dx = memory.empty_like(x)
         found = norm_act.backward(rows(x), ctx.norm, stats, rows(_channels_last(dy)), rows(dx))
         return None, dx, *_needed(found, ctx.needs_input_grad[2:])
 
@@ -190,7 +190,7 @@ class _UnitFunction(Function):
             out, after = cat_rows.narrow(1, i * width, width), (i + 1) * width
             if spec.chained and i + 1 < len(spec.inner):
                 published = spec.published_sum and i == 0
-                z = cat.narrow(1, 0, width) if published else torch.empty_like(c)
+                z = cat.narrow(1, 0, width) if published else memory.empty_like(c)
                 add = b_rows.narrow(1, after, width)
                 norm_act.forward(rows(c), part.norm, stats[-1], None if published else out, add=add, y2=rows(z))
             else:
@@ -217,9 +217,9 @@ class _UnitFunction(Function):
             assert spec.side.norm is not None
             side_out = spec.side.conv.forward(x, spec.side.weight, spec.side.bias)
             side_stats = _stats(spec.side.norm, side_out)
-            shortcut = torch.empty_like(side_out) if keep else side_out
+            shortcut = memory.empty_like(side_out) if keep else side_out
             norm_act.forward(rows(side_out), spec.side.norm, side_stats, rows(shortcut))
-        out4 = torch.empty_like(o) if keep else o
+        out4 = memory.empty_like(o) if keep else o
         norm_act.forward(rows(o), last.norm, stats[-1], rows(out4), res=rows(x if shortcut is None else shortcut))
         if keep:
             ctx.spec, ctx.width = spec, width
@@ -242,7 +242,7 @@ class _UnitFunction(Function):
         assert last.norm is not None
 
         own = shortcut is None  # the identity: both gradients are of one tensor
-        dres, do = torch.empty_like(o), torch.empty_like(o)
+        dres, do = memory.empty_like(o), memory.empty_like(o)
         dnorm = norm_act.backward(
             *(rows(o), last.norm, stats3, rows(_channels_last(dout)), rows(do)),
             res=rows(x if own else shortcut),
@@ -258,7 +258,7 @@ class _UnitFunction(Function):
             dnorm = norm_act.backward(rows(side_out), spec.side.norm, side_stats, rows(dres), rows(dres))
             grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
 
-        dh, h_rows, dcat_rows = torch.empty_like(h), rows(h), rows(dcat)
+        dh, h_rows, dcat_rows = memory.empty_like(h), rows(h), rows(dcat)
         dh_rows = rows(dh)
         dnorm1 = torch.empty(2, h.shape[1], dtype=norm_act.sums_dtype(h), device=h.device)
 
@@ -288,7 +288,7 @@ class _UnitFunction(Function):
             dy, add = dcat_rows.narrow(1, i * width, width), following
             if spec.published_sum and i == 0 and following is not None:
                 dy, add = following, None  # it holds what came through the concatenation already
-            dc = torch.empty_like(c)
+            dc = memory.empty_like(c)
             dnorm = norm_act.backward(rows(c), part.norm, inner_stats[i], dy, rows(dc), add=add)
             grads_inner = [*_conv_grads(part, need[i + 1], dc, zs[i]), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
             dz = part.conv.input_grad(dc, zs[i], part.weight, out=db.narrow(1, i * width, width))

@@ -34,11 +34,10 @@ constexpr int64_t MR = 6, NR = 2;
 #endif
 template <class T> constexpr int64_t panel = NR * width<T>;
 
-// y (M rows, N vectors) = sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
-template <class T, int M, int N> static void tile(const T* const* at, const int64_t* where, int64_t segments,
-                                                  int64_t count, const T* b, T* y, int64_t ldy) {
+// sum (M rows, N vectors) = sum over segments of rows at[segment][i] times `count` packed rows, b + where[segment].
+template <class T, int M, int N> static inline void sum_up(const T* const* at, const int64_t* where, int64_t segments,
+                                                           int64_t count, const T* b, Vec<T> (&sum)[M][N]) {
   constexpr int64_t L = width<T>;
-  Vec<T> sum[M][N] = {};
   for (int64_t s = 0; s < segments; s++) {
     const T* p[M];
     for (int i = 0; i < M; i++) p[i] = at[s * MR + i];
@@ -53,20 +52,53 @@ template <class T, int M, int N> static void tile(const T* const* at, const int6
         for (int j = 0; j < N; j++) sum[i][j] += v[j] * p[i][k];
     }
   }
+}
+// The sums go to rows `ldy` apart, or each to its own place, where they are added to what is there if ADD.
+template <class T, int M, int N> static void tile(const T* const* at, const int64_t* where, int64_t segments,
+                                                  int64_t count, const T* b, T* y, int64_t ldy) {
+  Vec<T> sum[M][N] = {};
+  sum_up<T, M, N>(at, where, segments, count, b, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < N; j++) memcpy(y + i * ldy + j * L, &sum[i][j], BYTES);
+    for (int j = 0; j < N; j++) memcpy(y + i * ldy + j * width<T>, &sum[i][j], BYTES);
+}
+template <class T, int M, int N, bool ADD> static void tile_to(const T* const* at, const int64_t* where,
+                                                               int64_t segments, int64_t count, const T* b,
+                                                               T* const* y) {
+  Vec<T> sum[M][N] = {};
+  sum_up<T, M, N>(at, where, segments, count, b, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      T* to = y[i] + j * width<T>;
+      if (ADD) {
+        Vec<T> old;
+        memcpy(&old, to, BYTES);
+        sum[i][j] += old;
+      }
+      memcpy(to, &sum[i][j], BYTES);
+    }
 }
 template <class T> using Tile = void (*)(const T* const*, const int64_t*, int64_t, int64_t, const T*, T*, int64_t);
+template <class T> using TileTo = void (*)(const T* const*, const int64_t*, int64_t, int64_t, const T*, T* const*);
 template <class T, int N, int... M> static Tile<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
   static const Tile<T> found[MR] = {tile<T, M + 1, N>...};
   return found[rows - 1];
 }
+template <class T, int N, bool ADD, int... M> static TileTo<T> pick_to(int64_t rows, std::integer_sequence<int, M...>) {
+  static const TileTo<T> found[MR] = {tile_to<T, M + 1, N, ADD>...};
+  return found[rows - 1];
+}
 // The tile of `rows` rows that ends where `chans` channels end.
+using AllRows = std::make_integer_sequence<int, int(MR)>;
 template <class T> static Tile<T> tile_of(int64_t rows, int64_t chans) {
-  using All = std::make_integer_sequence<int, int(MR)>;
-  return chans > width<T> ? pick<T, 2>(rows, All()) : pick<T, 1>(rows, All());
+  return chans > width<T> ? pick<T, 2>(rows, AllRows()) : pick<T, 1>(rows, AllRows());
+}
+template <class T> static TileTo<T> tile_to_of(int64_t rows, int64_t chans, bool add) {
+  if (chans > width<T>) return add ? pick_to<T, 2, true>(rows, AllRows()) : pick_to<T, 2, false>(rows, AllRows());
+  return add ? pick_to<T, 1, true>(rows, AllRows()) : pick_to<T, 1, false>(rows, AllRows());
 }
 
 typedef float F4 __attribute__((vector_size(16)));

@@ -4,11 +4,12 @@ With x the rows (pixels) that went in and dy the gradient of the rows that came 
 
     dw[:, i, j, :] = sum over pixels p of  dy[p]^T x[p * stride - pad + (i, j) * dilation]
 
-a product of two matrices whose common side is the pixels. Both lie in memory with that side outermost, so nothing has
-to be packed: a tile of the result stays in registers while one list of pairs of rows, the same for all tiles of a tap,
-says which rows meet. Pixels outside the image are simply not in the list: on small maps that is a good part of the
-work. A thread owns its tiles, so the sums do not depend on the order of threads. x may be some channels of a wider
-tensor, as the splits of a Res2 unit are.
+a product of two matrices whose common side is the pixels. One list of pairs of rows for each tap says which rows meet.
+Pixels outside the image are simply not in the list: on small maps that is a good part of the work. Some pixels after
+the others, two vectors of x are copied side by side, and so are the channels of dy that a tile takes: as they lie,
+rows a power of two apart fall on each other in the first cache. A tile of the result stays in registers meanwhile. A
+thread owns its tiles, so the sums do not depend on the order of threads. x may be some channels of a wider tensor, as
+the splits of a Res2 unit are.
 
 Only for float32, one group and at least `squares.NARROWEST` input channels. Reference: torch's own
 `convolution_backward`. Benchmark: ``python -m r2kit.backbones.fast.weight_grad``.
@@ -22,13 +23,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from r2kit.backbones.fast import native
+from r2kit.backbones.fast import memory, native
 from r2kit.backbones.fast.squares import pixel_step
 from r2kit.backbones.fast.stopwatch import milliseconds
 
 SOURCE = r"""
 #include <cstdint>
 #include <cstring>
+#include <algorithm>
 #include <utility>
 #include <vector>
 #include <omp.h>
@@ -47,7 +49,8 @@ constexpr int MR = 8;  // output channels of a tile, by two vectors: there are 3
 #else
 constexpr int MR = 6;  // 12 sums, 2 vectors and a single value fill 16
 #endif
-constexpr int64_t CHUNK = 192;
+constexpr int64_t CHUNK = 256;     // pixels: a panel of x and a tile's dy lie in the first cache together
+constexpr int64_t W = 2 * L;       // a panel
 
 struct Args {
   int64_t batch, height, width, chans, ldx;           // x: rows (batch, height, width) of `chans`
@@ -58,18 +61,19 @@ struct Args {
 };
 struct Pair { int32_t x, dy; };
 
+// dw (M rows of N vectors at `where`) = or += sum over k of dy[k][i] x[k]
 template <int M, int N>
-static void tile(const float* x, const float* dy, const Pair* at, int64_t count, const int64_t* where,
-                 const int64_t* skip, float* dw, int64_t lddw) {
+static void tile(const float* x, const float* dy, int64_t count, const int64_t* where, const int64_t* skip, bool fresh,
+                 float* dw, int64_t lddw) {
   V sum[M][N] = {};
   for (int64_t k = 0; k < count; k++) {
-    const float *xk = x + at[k].x, *dk = dy + at[k].dy;
     V v[N];
-    for (int j = 0; j < N; j++) memcpy(&v[j], xk + where[j], BYTES);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) memcpy(&v[j], x + k * W + j * L, BYTES);
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-      for (int j = 0; j < N; j++) sum[i][j] += v[j] * dk[i];
+      for (int j = 0; j < N; j++) sum[i][j] += v[j] * dy[k * MR + i];
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -77,22 +81,35 @@ static void tile(const float* x, const float* dy, const Pair* at, int64_t count,
     for (int j = 0; j < N; j++) {
       float* out = dw + i * lddw + where[j];
       if (skip[j] == 0) {
-        V old;
-        memcpy(&old, out, BYTES);
-        old += sum[i][j];
-        memcpy(out, &old, BYTES);
+        if (!fresh) {
+          V old;
+          memcpy(&old, out, BYTES);
+          sum[i][j] += old;
+        }
+        memcpy(out, &sum[i][j], BYTES);
       } else {
         float lanes[L];
         memcpy(lanes, &sum[i][j], BYTES);
-        for (int64_t l = skip[j]; l < L; l++) out[l] += lanes[l];
+        for (int64_t l = skip[j]; l < L; l++) out[l] = fresh ? lanes[l] : out[l] + lanes[l];
       }
     }
 }
-using Tile = void (*)(const float*, const float*, const Pair*, int64_t, const int64_t*, const int64_t*, float*,
-                      int64_t);
+using Tile = void (*)(const float*, const float*, int64_t, const int64_t*, const int64_t*, bool, float*, int64_t);
 template <int N, int... M> static Tile pick(int64_t rows, std::integer_sequence<int, M...>) {
   static const Tile found[MR] = {tile<M + 1, N>...};
   return found[rows - 1];
+}
+
+// Channels from .. from + MR of some rows of dy, side by side. The last ones are read from further left, and what is
+// too much lands behind what the row before has in use.
+static void pack(const float* dy, const Pair* at, int64_t count, int64_t from, int64_t chans, float* out) {
+  if (chans < MR) {
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t i = 0; i < chans; i++) out[k * MR + i] = dy[at[k].dy + i];
+    return;
+  }
+  const int64_t c = std::min(from, chans - MR);
+  for (int64_t k = 0; k < count; k++) memcpy(out + k * MR - (from - c), dy + at[k].dy + c, MR * sizeof(float));
 }
 
 extern "C" void weight_grad(const Args* args) {
@@ -123,28 +140,40 @@ extern "C" void weight_grad(const Args* args) {
     skip.push_back(c - where.back());
   }
   const int64_t vectors = int64_t(where.size()), parts = (a.out_chans + MR - 1) / MR, items = taps * parts;
-  memset(a.dw, 0, sizeof(float) * a.out_chans * taps * a.chans);
+  // What no pixel meets, as taps beyond a small map, is zero.
+  for (int64_t tap = 0; tap < taps; tap++)
+    for (int64_t c = 0; pairs[tap].empty() && c < a.out_chans; c++)
+      memset(a.dw + (c * taps + tap) * a.chans, 0, sizeof(float) * a.chans);
 #pragma omp parallel num_threads(a.threads)
   {
     const int64_t t = omp_get_thread_num(), from = items * t / a.threads, to = items * (t + 1) / a.threads;
+    std::vector<float> packed_x(CHUNK * W), packed_dy(MR + CHUNK * MR * std::min(to - from, parts));
+    auto first = [&](int64_t part) { return a.out_chans * part / parts; };
     for (int64_t image = 0; image < a.batch; image += group) {
       const int64_t images = image + group <= a.batch ? group : a.batch - image;
       const float* x = a.x + image * a.height * a.width * a.ldx;
       const float* dy = a.dy + image * pixels * a.lddy;
-      const int64_t most = images * pixels;
-      for (int64_t start = 0; start < most; start += CHUNK)
-        for (int64_t item = from; item < to; item++) {
-          const int64_t tap = item / parts, part = item % parts;
-          const int64_t end = upto[tap][images];
-          if (start >= end) continue;
-          const int64_t count = start + CHUNK < end ? CHUNK : end - start;
-          const int64_t c = a.out_chans * part / parts, m = a.out_chans * (part + 1) / parts - c;
-          for (int64_t v = 0; v < vectors; v += 2)
-            (v + 1 < vectors ? pick<2>(m, All()) : pick<1>(m, All()))(x, dy + c, pairs[tap].data() + start, count,
-                                                                     &where[v], &skip[v],
-                                                                     a.dw + (c * taps + tap) * a.chans,
-                                                                     taps * a.chans);
+      for (int64_t tap = from / parts; tap * parts < to; tap++) {
+        const int64_t begin = std::max<int64_t>(from - tap * parts, 0), end = std::min(to - tap * parts, parts);
+        for (int64_t start = 0; start < upto[tap][images]; start += CHUNK) {
+          const Pair* at = pairs[tap].data() + start;
+          const int64_t count = std::min(CHUNK, upto[tap][images] - start);
+          for (int64_t part = begin; part < end; part++) {
+            pack(dy, at, count, first(part), a.out_chans, packed_dy.data() + MR + (part - begin) * CHUNK * MR);
+          }
+          for (int64_t v = 0; v < vectors; v += 2) {
+            const int64_t some = std::min<int64_t>(2, vectors - v);
+            for (int64_t k = 0; k < count; k++)
+              for (int64_t j = 0; j < some; j++) memcpy(&packed_x[k * W + j * L], x + at[k].x + where[v + j], BYTES);
+            for (int64_t part = begin; part < end; part++) {
+              const int64_t m = first(part + 1) - first(part);
+              const auto sum = some == 2 ? pick<2>(m, All()) : pick<1>(m, All());
+              sum(packed_x.data(), packed_dy.data() + MR + (part - begin) * CHUNK * MR, count, &where[v], &skip[v],
+                  image == 0 && start == 0, a.dw + (first(part) * taps + tap) * a.chans, taps * a.chans);
+            }
+          }
         }
+      }
     }
   }
 }
@@ -173,7 +202,7 @@ def weight_grad(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad
         pad: Zeros around the image.
         dilation: Distance of the taps.
     """
-    dw = torch.empty((dy.shape[1], x.shape[1], *kernel), memory_format=torch.channels_last)
+    dw = memory.empty(x, (dy.shape[1], x.shape[1], *kernel))
     args = _Args(
         *(x.shape[0], x.shape[2], x.shape[3], x.shape[1], pixel_step(x)),
         *(dy.shape[2], dy.shape[3], dy.shape[1], pixel_step(dy)),

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from r2kit.backbones.fast import native
+from r2kit.backbones.fast import memory, native
 from r2kit.backbones.fast import weight_grad as direct
 from r2kit.backbones.fast.squares import SQUARES, Images, pixel_step
 from r2kit.backbones.fast.stopwatch import milliseconds
@@ -197,7 +197,7 @@ def weight_grad(x: Tensor, dy: Tensor, pad: tuple[int, int]) -> Tensor:
         pad: Zeros above and left of the image.
     """
     size, chans = (dy.shape[2], dy.shape[3]), dy.shape[1]
-    dw = x.new_empty((chans, x.shape[1], 3, 3)).contiguous(memory_format=torch.channels_last)
+    dw = memory.empty(x, (chans, x.shape[1], 3, 3))
     images = Images.of(x, size, pad)
     args = _Args(images, chans, pixel_step(dy), native.threads(), dy.data_ptr(), dw.data_ptr())
     library = native.load(SOURCE)
