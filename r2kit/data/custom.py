@@ -1,10 +1,10 @@
 """Any list of albumentations transforms, checked by name, argument, bands and what has to follow the image.
 
 albumentations only warns about an argument that it does not know, reduces images with aliasing, takes floats for 0..1
-and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced by means unless the recipe
-says otherwise, masks lie on their images, what is filled is of the mean colour, and pixels that are not 8-bit colours
-pass through the transforms in a domain of 0..1 that is made for each band, so that nothing is clipped and every band
-varies by its own range.
+and 16 bits for 0..65535. Here an unknown name or argument is an error, images are reduced as for validation unless the
+recipe says otherwise, masks lie on their images, what is filled is of the mean colour, and pixels that are not 8-bit
+colours pass through the transforms in a domain of 0..1 that is made for each band, so that nothing is clipped and every
+band varies by its own range.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def _make(where: str, name: str, arguments: dict[str, Any], fills: Mapping[str, 
             did_you_mean(name, known) or "; albumentations' own names are known, e.g. GaussNoise, Affine, CoarseDropout"
         )
         raise DataError(f"{where}: no such transform{hint}")
-    kind = SHRINKING.get(name) or getattr(A, name)
+    # Whoever says how to reduce an image means albumentations' own way.
+    kind = getattr(A, name) if "area_for_downscale" in arguments else SHRINKING.get(name, getattr(A, name))
     allowed = [key for key in inspect.signature(kind.__init__).parameters if key not in _OWN_RULE]
     for key in arguments:
         if key not in allowed:
@@ -221,9 +222,6 @@ def _make(where: str, name: str, arguments: dict[str, Any], fills: Mapping[str, 
     arguments = {**{key: value for key, value in fills.items() if key in allowed}, **arguments}
     if name == "Perspective" and isinstance(arguments["fill"], int | float):
         arguments["fill"] = (arguments["fill"],) * 4  # one value would fill the first band and leave the others black
-    if "area_for_downscale" in allowed:
-        # Else fine texture becomes coarse false texture, which validation images, reduced without it, do not have.
-        arguments = {"area_for_downscale": "image", **arguments}
     if "area_for_downscale" in allowed or name in ("CropAndPad", "RandomSizedBBoxSafeCrop"):
         # What is nearest to a pixel's middle: OpenCV's default goes by its corner, up to half a pixel off the image.
         arguments = {**arguments, "mask_interpolation": cv2.INTER_NEAREST_EXACT}
