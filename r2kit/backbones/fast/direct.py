@@ -45,7 +45,7 @@ struct Args {
   const void *x, *w;
   Finish finish;
 };
-constexpr int64_t SUMS = 8 * 1024;  // values that the sums of a block of rows may take
+constexpr int64_t SUMS = 32 * 1024;  // values that the sums of a block of rows may take
 constexpr int64_t MOST = 16 * MR;   // rows of a block
 
 // The pixels whose coordinates leave one pair of remainders, and the taps that they read with.

@@ -171,20 +171,31 @@ template <class T> struct Ready {
   void write(const T* sum, int64_t at, int64_t from, int64_t count) const { (this->*row)(sum, at, from, count); }
 
   template <int A, int ORDER> void go(const T* sum, int64_t at, int64_t from, int64_t count) const {
+    if (count >= width<T>) rows<A, ORDER, true>(sum, at, from, count);
+    else rows<A, ORDER, false>(sum, at, from, count);
+  }
+  // Everything by value: what is read through a reference would be read again for every vector.
+  template <int A, int ORDER, bool WIDE> inline void rows(const T* sum, int64_t at, int64_t from, int64_t count) const {
     const T beta = T(f.beta);
-    const int64_t n = std::min(width<T>, count), last = count - n;  // the last vector reaches back
-    for (int64_t j = 0; j < count; j += width<T>) {
-      const int64_t i = std::min(j, last), c = from + i;
-      Vec<T> v = load(sum + i, n) + load(&offset[c], n);
-      if (ORDER == 1) v = act<A, T>(v, beta) * load(&scale[c], n) + load(&shift[c], n);
+    const T *plus = &offset[from], *times = &scale[from], *then = &shift[from];
+    const T* res = f.res ? (const T*)f.res + at * f.ldres + from : nullptr;
+    const T* add = f.add ? (const T*)f.add + at * f.ldadd + from : nullptr;
+    T* y = f.y ? (T*)f.y + at * f.ldy + from : nullptr;
+    T* y2 = f.y2 ? (T*)f.y2 + at * f.ldy2 + from : nullptr;
+    const int64_t n = WIDE ? width<T> : count;
+    auto vector = [=](int64_t i) {
+      Vec<T> v = load(sum + i, n) + load(plus + i, n);
+      if (ORDER == 1) v = act<A, T>(v, beta) * load(times + i, n) + load(then + i, n);
       if (ORDER == 2) {
-        v = v * load(&scale[c], n) + load(&shift[c], n);
-        if (f.res) v += load((const T*)f.res + at * f.ldres + c, n);
+        v = v * load(times + i, n) + load(then + i, n);
+        if (res) v += load(res + i, n);
         v = act<A, T>(v, beta);
       }
-      if (f.y) store((T*)f.y + at * f.ldy + c, v, n);
-      if (f.y2) store((T*)f.y2 + at * f.ldy2 + c, v + load((const T*)f.add + at * f.ldadd + c, n), n);
-    }
+      if (y) store(y + i, v, n);
+      if (y2) store(y2 + i, v + load(add + i, n), n);
+    };
+    for (int64_t i = 0; i + n <= count; i += n) vector(i);
+    if (WIDE && count % n) vector(count - n);  // the last vector reaches back
   }
 };
 
