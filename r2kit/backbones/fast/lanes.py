@@ -28,6 +28,20 @@ template <> struct Lanes<double> { using V = VD; };
 template <class T> using Vec = typename Lanes<T>::V;
 template <class T> constexpr int64_t width = BYTES / sizeof(T);
 
+// Values that begin with a line of the cache: a vector that lies across two costs twice, and more where it was written.
+template <class T> struct Room {
+  std::vector<T> all;
+  T* start;
+  explicit Room(int64_t count, T value = T(0)) : all(size_t(count) + 64 / sizeof(T), value) {
+    start = (T*)((uintptr_t(all.data()) + 63) / 64 * 64);
+  }
+  Room(const Room&) = delete;
+  T* data() { return start; }
+  const T* data() const { return start; }
+  T& operator[](int64_t i) { return start[i]; }
+  const T& operator[](int64_t i) const { return start[i]; }
+};
+
 // n lanes of a row; n < width only where the row itself is shorter than a vector.
 template <class T> static inline Vec<T> load(const T* p, int64_t n) {
   Vec<T> v = {};

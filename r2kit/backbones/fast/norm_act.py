@@ -89,10 +89,10 @@ template <class T, class F> static void sum_rows(const Args& a, double* out1, do
 #pragma omp parallel num_threads(n)
   {
     int64_t t = omp_get_thread_num(), from = a.rows * t / n, to = a.rows * (t + 1) / n;
-    std::vector<T> part(2 * S * L);
+    Room<T> part(2 * S * L);
     double* mine = total.data() + size_t(t) * 2 * S * L;
     for (int64_t r = from; r < to; r += BLOCK) {
-      std::fill(part.begin(), part.end(), T(0));
+      std::fill(part.data(), part.data() + 2 * S * L, T(0));
       row_sums(r, r + BLOCK < to ? r + BLOCK : to, part.data(), part.data() + S * L);
       for (int64_t i = 0; i < 2 * S * L; i++) mine[i] += part[i];
     }
@@ -111,7 +111,7 @@ template <class T, class F> static void sum_rows(const Args& a, double* out1, do
 }
 
 template <class T> struct Coefficients {
-  std::vector<T> scale, shift, mean, rstd;
+  Room<T> scale, shift, mean, rstd;
   Coefficients(const Args& a) : scale(a.chans), shift(a.chans), mean(a.chans), rstd(a.chans) {
     for (int64_t c = 0; c < a.chans; c++) {
       double m = ((const T*)(a.batch ? a.mean : a.running_mean))[c];
@@ -152,7 +152,7 @@ __attribute__((noinline)) static void moments(const Rows<T> k, const T* origin, 
 // The activations stay in `k.y`, if there is one.
 template <class T, int A, bool WIDE> static void statistics(const Args& a, const Rows<T>& k) {
   const int64_t S = slots<T>(a.chans), L = width<T>, N = WIDE ? L : a.chans;
-  std::vector<T> origin(S * L, T(0));  // sums of differences from one value lose nothing to a large mean
+  Room<T> origin(S * L);  // sums of differences from one value lose nothing to a large mean
   for (int64_t s = 0; s < S; s++) store(&origin[s * L], act<A, T>(load(k.x + first<T>(s, a.chans), N), k.beta), L);
   std::vector<double> one(a.chans), two(a.chans);
   sum_rows<T>(a, one.data(), two.data(), [&](int64_t from, int64_t to, T* sum, T* square) {
@@ -278,7 +278,7 @@ __attribute__((noinline)) static void write_gradient(const Rows<T> k, int64_t fr
 
 template <class T, int A, bool FIRST, bool WIDE> static void backward(const Args& a) {
   const Coefficients<T> found(a);
-  std::vector<T> offset(a.chans), factor(a.chans);
+  Room<T> offset(a.chans), factor(a.chans);
   std::vector<double> one(a.chans), two(a.chans);
   Rows<T> k(a);
   k.scale = found.scale.data();

@@ -149,7 +149,7 @@ struct Finish {
 };
 template <class T> struct Ready {
   const Finish& f;
-  std::vector<T> offset, scale, shift;
+  Room<T> offset, scale, shift;
   void (Ready::*row)(const T*, int64_t, int64_t, int64_t) const;
 
   Ready(const Finish& finish, int64_t chans) : f(finish), offset(chans), scale(chans), shift(chans) {

@@ -23,33 +23,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from r2kit.backbones.fast import memory, native
+from r2kit.backbones.fast import lanes, memory, native
 from r2kit.backbones.fast.squares import pixel_step
 from r2kit.backbones.fast.stopwatch import milliseconds
 
-SOURCE = r"""
-#include <cstdint>
-#include <cstring>
+SOURCE = (
+    lanes.VECTORS
+    + r"""
 #include <algorithm>
 #include <utility>
-#include <vector>
-#include <omp.h>
 
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float V __attribute__((vector_size(BYTES)));
-constexpr int64_t L = BYTES / sizeof(float);
+using V = VF;
+constexpr int64_t L = width<float>;
 #if defined(__AVX512F__)
 constexpr int MR = 8;  // output channels of a tile, by two vectors: there are 32 registers
 #else
 constexpr int MR = 6;  // 12 sums, 2 vectors and a single value fill 16
 #endif
-constexpr int64_t CHUNK = 256;     // pixels: a panel of x and a tile's dy lie in the first cache together
+constexpr int64_t CHUNK = 192;     // pixels: a panel of x and a tile's dy lie in the first cache together
 constexpr int64_t W = 2 * L;       // a panel
 
 struct Args {
@@ -112,6 +103,10 @@ static void pack(const float* dy, const Pair* at, int64_t count, int64_t from, i
   for (int64_t k = 0; k < count; k++) memcpy(out + k * MR - (from - c), dy + at[k].dy + c, MR * sizeof(float));
 }
 
+static inline void fetch(const float* from, const float* to) {
+  for (; from < to; from += 16) __builtin_prefetch(from, 0, 2);  // a line of the cache
+}
+
 extern "C" void weight_grad(const Args* args) {
   using All = std::make_integer_sequence<int, MR>;
   const Args& a = *args;
@@ -147,7 +142,7 @@ extern "C" void weight_grad(const Args* args) {
 #pragma omp parallel num_threads(a.threads)
   {
     const int64_t t = omp_get_thread_num(), from = items * t / a.threads, to = items * (t + 1) / a.threads;
-    std::vector<float> packed_x(CHUNK * W), packed_dy(MR + CHUNK * MR * std::min(to - from, parts));
+    Room<float> packed_x(CHUNK * W), packed_dy(MR + CHUNK * MR * std::min(to - from, parts));
     auto first = [&](int64_t part) { return a.out_chans * part / parts; };
     for (int64_t image = 0; image < a.batch; image += group) {
       const int64_t images = image + group <= a.batch ? group : a.batch - image;
@@ -161,6 +156,10 @@ extern "C" void weight_grad(const Args* args) {
           for (int64_t part = begin; part < end; part++) {
             pack(dy, at, count, first(part), a.out_chans, packed_dy.data() + MR + (part - begin) * CHUNK * MR);
           }
+          // While tiles are summed the rows of the next pixels are fetched, some behind each tile.
+          const int64_t next = std::min(CHUNK, std::max<int64_t>(0, upto[tap][images] - start - CHUNK));
+          const int64_t tiles = (vectors + 1) / 2 * (end - begin);
+          int64_t done = 0;
           for (int64_t v = 0; v < vectors; v += 2) {
             const int64_t some = std::min<int64_t>(2, vectors - v);
             for (int64_t k = 0; k < count; k++)
@@ -170,6 +169,11 @@ extern "C" void weight_grad(const Args* args) {
               const auto sum = some == 2 ? pick<2>(m, All()) : pick<1>(m, All());
               sum(packed_x.data(), packed_dy.data() + MR + (part - begin) * CHUNK * MR, count, &where[v], &skip[v],
                   image == 0 && start == 0, a.dw + (first(part) * taps + tap) * a.chans, taps * a.chans);
+              for (int64_t k = next * done / tiles; k < next * (done + 1) / tiles; k++) {
+                fetch(x + at[CHUNK + k].x, x + at[CHUNK + k].x + a.chans);
+                fetch(dy + at[CHUNK + k].dy + first(begin), dy + at[CHUNK + k].dy + first(end));
+              }
+              done++;
             }
           }
         }
@@ -178,6 +182,7 @@ extern "C" void weight_grad(const Args* args) {
   }
 }
 """
+)
 
 
 class _Args(ctypes.Structure):
