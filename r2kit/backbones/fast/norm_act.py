@@ -125,28 +125,71 @@ template <class T> struct Coefficients {
   }
 };
 
-// Add rows from .. to, one whole row after the other, to two sums; `terms(r, c, s, one, two)` gives what a vector adds.
-template <class T, class F> static inline void add_up(int64_t from, int64_t to, int64_t chans, T* sum, T* other,
-                                                      F terms) {
-  const int64_t S = slots<T>(chans), L = width<T>;
+// Add rows from .. to, to two sums; `terms(r, c, k, one, two)` gives what a vector adds, with what `known(c, s)` gives.
+// Of short rows some after the others, G vectors side by side, so that their sums and what is known of them stay in
+// registers meanwhile; long ones whole, one after the other, as memory likes them.
+constexpr int64_t TALL = 16, SHORT = 8;  // rows; vectors of a row
+template <class T, int G, class K, class F>
+static inline void add_some(int64_t from, int64_t to, int64_t chans, int64_t slot, T* sum, T* other, K known, F terms) {
+  constexpr int64_t L = width<T>;
+  decltype(known(int64_t(0), int64_t(0))) k[G];
+  int64_t c[G];
+  Vec<T> one[G], two[G];
+#pragma GCC unroll 4
+  for (int j = 0; j < G; j++) {
+    c[j] = first<T>(slot + j, chans);
+    k[j] = known(c[j], slot + j);
+    one[j] = load(sum + (slot + j) * L, L);
+    two[j] = load(other + (slot + j) * L, L);
+  }
   for (int64_t r = from; r < to; r++)
-    for (int64_t s = 0; s < S; s++) {
-      Vec<T> one, two;
-      terms(r, first<T>(s, chans), s, one, two);
-      store(sum + s * L, load(sum + s * L, L) + one, L);
-      store(other + s * L, load(other + s * L, L) + two, L);
+#pragma GCC unroll 4
+    for (int j = 0; j < G; j++) {
+      Vec<T> more, also;
+      terms(r, c[j], k[j], more, also);
+      one[j] += more;
+      two[j] += also;
     }
+#pragma GCC unroll 4
+  for (int j = 0; j < G; j++) {
+    store(sum + (slot + j) * L, one[j], L);
+    store(other + (slot + j) * L, two[j], L);
+  }
+}
+template <class T, int A, class K, class F>
+static inline void add_up(int64_t from, int64_t to, int64_t chans, T* sum, T* other, K known, F terms) {
+  constexpr int G = BYTES < 64 || A == MISH ? 2 : 4;
+  const int64_t S = slots<T>(chans), L = width<T>;
+  if (S > SHORT) {
+    for (int64_t r = from; r < to; r++)
+      for (int64_t s = 0; s < S; s++) {
+        const int64_t c = first<T>(s, chans);
+        Vec<T> one, two;
+        terms(r, c, known(c, s), one, two);
+        store(sum + s * L, load(sum + s * L, L) + one, L);
+        store(other + s * L, load(other + s * L, L) + two, L);
+      }
+    return;
+  }
+  for (int64_t r = from; r < to; r += TALL) {
+    const int64_t end = r + TALL < to ? r + TALL : to;
+    int64_t s = 0;
+    for (; s + G <= S; s += G) add_some<T, G>(r, end, chans, s, sum, other, known, terms);
+    for (; s < S; s++) add_some<T, 1>(r, end, chans, s, sum, other, known, terms);
+  }
 }
 
 template <class T, int A, bool WIDE>
 __attribute__((noinline)) static void moments(const Rows<T> k, const T* origin, int64_t from, int64_t to, T* sum,
                                               T* square) {
-  add_up<T>(from, to, k.chans, sum, square, [=](int64_t r, int64_t c, int64_t s, Vec<T>& one, Vec<T>& two) {
-    one = act<A, T>(get<T, WIDE>(k.x + r * k.ldx + c, k.chans), k.beta);
-    if (A != IDENTITY && k.y) put<T, WIDE>(k.y + r * k.ldy + c, one, k.chans);
-    one -= load(origin + s * width<T>, width<T>);
-    two = one * one;
-  });
+  add_up<T, A>(from, to, k.chans, sum, square,
+    [=](int64_t, int64_t s) { return load(origin + s * width<T>, width<T>); },
+    [=](int64_t r, int64_t c, const Vec<T>& origin, Vec<T>& one, Vec<T>& two) {
+      one = act<A, T>(get<T, WIDE>(k.x + r * k.ldx + c, k.chans), k.beta);
+      if (A != IDENTITY && k.y) put<T, WIDE>(k.y + r * k.ldy + c, one, k.chans);
+      one -= origin;
+      two = one * one;
+    });
 }
 
 // The activations stay in `k.y`, if there is one.
@@ -238,19 +281,25 @@ template <class T, bool WIDE> static inline Vec<T> gradient(const Rows<T>& k, in
 // Sums of the gradient in front of the normalisation's output, and of its product with the centred input.
 template <class T, int A, bool FIRST, bool WIDE>
 __attribute__((noinline)) static void products(const Rows<T> k, int64_t from, int64_t to, T* sum, T* product) {
-  add_up<T>(from, to, k.chans, sum, product, [=](int64_t r, int64_t c, int64_t, Vec<T>& one, Vec<T>& two) {
-    const Vec<T> x = get<T, WIDE>(k.x + r * k.ldx + c, k.chans), mean = get<T, WIDE>(k.mean + c, k.chans);
-    one = gradient<T, WIDE>(k, r, c);
-    if (FIRST) {
-      two = one * (act<A, T>(x, k.beta) - mean);
-    } else {
-      Vec<T> u = x * get<T, WIDE>(k.scale + c, k.chans) + get<T, WIDE>(k.shift + c, k.chans), value;
-      if (k.res) u += get<T, WIDE>(k.res + r * k.ldres + c, k.chans);
-      one *= slope<A, T>(u, k.beta, value);
-      two = one * (x - mean);
-    }
-    if (k.y2) put<T, WIDE>(k.y2 + r * k.ldy2 + c, one, k.chans);
-  });
+  struct Known { Vec<T> mean, scale, shift; };
+  add_up<T, A>(from, to, k.chans, sum, product,
+    [=](int64_t c, int64_t) {
+      auto of = [=](const T* p) { return get<T, WIDE>(p + c, k.chans); };
+      return Known{of(k.mean), of(k.scale), of(k.shift)};
+    },
+    [=](int64_t r, int64_t c, const Known& known, Vec<T>& one, Vec<T>& two) {
+      const Vec<T> x = get<T, WIDE>(k.x + r * k.ldx + c, k.chans);
+      one = gradient<T, WIDE>(k, r, c);
+      if (FIRST) {
+        two = one * (act<A, T>(x, k.beta) - known.mean);
+      } else {
+        Vec<T> u = x * known.scale + known.shift, value;
+        if (k.res) u += get<T, WIDE>(k.res + r * k.ldres + c, k.chans);
+        one *= slope<A, T>(u, k.beta, value);
+        two = one * (x - known.mean);
+      }
+      if (k.y2) put<T, WIDE>(k.y2 + r * k.ldy2 + c, one, k.chans);
+    });
 }
 
 template <class T, int A, bool FIRST, bool WIDE>
