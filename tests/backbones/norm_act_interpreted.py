@@ -1,4 +1,4 @@
-"""The GPU kernels through Triton's interpreter, on a CPU: run by `test_fast.py` in a process of its own.
+"""The GPU kernels through Triton's interpreter, on a CPU: run by `test_kernels.py` in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported. Prints "same" if every output and gradient is that of the plain
 modules.

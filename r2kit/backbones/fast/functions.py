@@ -155,7 +155,7 @@ def activation(act: str, x: Tensor) -> Tensor:
         x: (B, C, H, W).
     """
     x = _channels_last(x)
-    return norm_alone(norm_act.activation(act, rows(x.detach())), x)
+    return norm_alone(norm_act.activation(act, x.detach(), x.shape[1]), x)
 
 
 class _UnitFunction(Function):

@@ -434,9 +434,9 @@ def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def activation(act: str, like: Tensor) -> Norm:
-    """Return the activation alone, as a norm that changes nothing; `like` is (R, C)."""
-    zeros, ones = like.new_zeros(like.shape[1]), like.new_ones(like.shape[1])
+def activation(act: str, like: Tensor, chans: int) -> Norm:
+    """Return the activation of `chans` channels alone, as a norm that changes nothing."""
+    zeros, ones = like.new_zeros(chans), like.new_ones(chans)
     return Norm(act, 1.0, True, False, 0.0, 0.0, None, None, zeros, ones)
 
 

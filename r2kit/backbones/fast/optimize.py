@@ -154,6 +154,15 @@ def _conv_norm(conv: nn.Module, bn: nn.Module, act: nn.Module, x: Tensor, *, act
     return None if norm is None else ConvNorm(geometry, weight, bias, norm)
 
 
+def _conv_act(conv: nn.Conv2d, act: nn.Module, x: Tensor) -> ConvNorm | None:
+    """Return a convolution with its activation, or None where the convolution is of another kind."""
+    geometry, found = Conv.of(conv), _act(act)
+    if geometry is None or found is None or not all(_fits(t, x) for t in (conv.weight, conv.bias) if t is not None):
+        return None
+    norm = norm_act.activation(found[0], x.detach(), conv.out_channels)._replace(beta=found[1])
+    return ConvNorm(geometry, conv.weight, conv.bias, norm)
+
+
 def _norm(bn: nn.Module, act: nn.Module, x: Tensor, *, act_first: bool) -> Norm | None:
     """Return a norm with its activation, or None where one of them is of another kind."""
     found = _act(act)
@@ -241,7 +250,7 @@ class FastBatchNorm2d(nn.BatchNorm2d):
 
 
 class FastSequential(nn.Sequential):
-    """`nn.Sequential` that runs a convolution together with the norm and activation behind it."""
+    """`nn.Sequential` that runs a convolution together with the norm and activation, or either, behind it."""
 
     def forward(self, x: Any) -> Any:
         """Apply the modules one after the other."""
@@ -254,7 +263,8 @@ class FastSequential(nn.Sequential):
                 i += 1
             else:
                 part, bn, length = found
-                x = functions.conv_norm(part, _cast(x)) if _step([bn]) else _each(modules[i : i + length], x)
+                counted = _step([] if bn is None else [bn])
+                x = functions.conv_norm(part, _cast(x)) if counted else _each(modules[i : i + length], x)
                 i += length
         return x
 
@@ -294,6 +304,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     Bottle2neck: FastBottle2neck,
     Bottleneck: FastBottleneck,
 }
+_ACTS = (nn.ReLU, nn.Mish, FastMish, MishBeta)
 _PLAIN = {fast: slow for slow, fast in _FAST.items()}
 _UNITS = (FastRes2Block, FastBottle2neck, FastBottleneck)
 
@@ -306,20 +317,21 @@ def _is_slow_unit(module: nn.Module) -> bool:
 
 
 def _has_pair(module: nn.Module) -> bool:
-    """Whether some convolution of a sequence is followed by a norm."""
+    """Whether some convolution of a sequence is followed by a norm or an activation."""
     kinds = [type(child) for child in module.children()]
     return any(
-        kind in (nn.Conv2d, FastConv2d) and {nn.BatchNorm2d, FastBatchNorm2d} & {*kinds[i + 1 : i + 3]}
+        kind in (nn.Conv2d, FastConv2d)
+        and ({nn.BatchNorm2d, FastBatchNorm2d} & {*kinds[i + 1 : i + 3]} or {*_ACTS} & {*kinds[i + 1 : i + 2]})
         for i, kind in enumerate(kinds)
     )
 
 
-def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module, int] | None:
+def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module | None, int] | None:
     """Return what the first of up to three modules begins: the fused part, its norm, and how many modules it takes."""
     if type(modules[0]) is not FastConv2d or len(modules) < 2 or not _usable(x, modules) or x.dim() != 4:
         return None
     identity = nn.Identity()
-    part = None
+    part, bn = None, None
     x = _cast(x)
     if isinstance(modules[1], nn.BatchNorm2d):
         bn, length = modules[1], 3
@@ -330,6 +342,8 @@ def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module, int] |
     elif len(modules) == 3 and isinstance(modules[2], nn.BatchNorm2d):
         bn, length = modules[2], 3
         part = _conv_norm(modules[0], bn, modules[1], x, act_first=True)
+    elif type(modules[1]) in _ACTS and not x.is_cuda:
+        part, length = _conv_act(modules[0], modules[1], x), 2
     if part is None or _single_value(part, x):
         return None
     return part, bn, length
@@ -403,7 +417,7 @@ def _side(downsample: nn.Module | None, x: Tensor) -> tuple[ConvNorm | None, lis
     if type(downsample) is not FastSequential or len(downsample) != 2 or not _usable(x, [downsample], gpu=False):
         return None, []
     found = _pair(list(downsample), x)
-    return (None, []) if found is None else (found[0], [found[1]])
+    return (None, []) if found is None or found[1] is None else (found[0], [found[1]])
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
