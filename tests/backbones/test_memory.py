@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import signal
 import threading
 
 import numpy as np
@@ -94,11 +95,13 @@ def test_threads(arenas):
 def test_a_forked_process_writes_elsewhere(arenas):
     kept = arenas.take(1_000_000)
     kept[:] = 7
-    child = os.fork()
-    if child == 0:  # only system calls and writes: no test framework in here
-        kept[:] = 8
-        arenas.take(2_000_000)[:] = 9
-        os._exit(0)
+    with arenas._lock:  # as another thread may hold it
+        child = os.fork()
+        if child == 0:  # only system calls and writes: no test framework in here
+            signal.alarm(20)
+            kept[:] = 8
+            arenas.take(2_000_000)[:] = 9
+            os._exit(0 if (kept == 8).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
     after = arenas.take(2_000_000)
     after[:] = 1

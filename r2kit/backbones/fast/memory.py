@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import threading
 import weakref
 from bisect import bisect_left, insort
@@ -44,6 +45,10 @@ class Arenas:
     _SPAN = 1 << 48  # places are counted over all arenas, each with a range of its own, so that no two are neighbours
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew; tensors keep the memory they have. A forked process must: any thread may have held the lock."""
         self._lock = threading.Lock()
         self._back: deque[_Lent] = deque()  # filled wherever a tensor happens to be freed, in `take` too
         self._clear()
@@ -132,6 +137,8 @@ class Arenas:
 
 
 ARENAS = Arenas()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: ARENAS.renew())
 _HAS_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
 
 
