@@ -498,8 +498,8 @@ def backward(
     grads = torch.empty(2, x.shape[1], dtype=x.dtype)
     args = _args(x, norm, stats, res, add, dy, dx, dres)
     if norm.weight is not None or norm.bias is not None:
-        args.dweight = start = grads.data_ptr()
-        args.dbias = start + x.shape[1] * x.element_size()
+        args.dweight = at = grads.data_ptr()
+        args.dbias = at + x.shape[1] * x.element_size()
     _call(args, x.dtype, back=True)
     dweight, dbias = grads.unbind()
     return dweight, dbias
@@ -530,12 +530,13 @@ def _args(
         *(None if dy is None else dy.data_ptr(), 0 if dy is None else dy.stride(0)),
         *(None if y is None else y.data_ptr(), 0 if y is None else y.stride(0)),
         *(None if y2 is None else y2.data_ptr(), 0 if y2 is None else y2.stride(0)),
-        *(mean, var, _start(norm.weight), _start(norm.bias)),
-        *((_start(norm.running_mean), _start(norm.running_var)) if has_running else ()),
+        *(mean, var, start(norm.weight), start(norm.bias)),
+        *((start(norm.running_mean), start(norm.running_var)) if has_running else ()),
     )
 
 
-def _start(tensor: Tensor | None) -> int | None:
+def start(tensor: Tensor | None) -> int | None:
+    """Return where a tensor begins in memory, or None for none."""
     return None if tensor is None else tensor.data_ptr()
 
 

@@ -18,7 +18,7 @@ import ctypes
 from torch import Tensor
 
 from r2kit.backbones.fast import lanes
-from r2kit.backbones.fast.norm_act import ACTS, Norm
+from r2kit.backbones.fast.norm_act import ACTS, Norm, start
 
 TILES = (
     lanes.VECTORS
@@ -247,15 +247,10 @@ def finish(
         add: (R, C), with `y2`.
         y2: (R, C), ``y + add`` is written.
     """
-    args = FinishArgs(beta=1.0)
-    named = [("offset", bias)]
-    if norm is not None:
-        args.act, args.order, args.beta, args.eps = ACTS[norm.act], 1 if norm.act_first else 2, norm.beta, norm.eps
-        named += [("mean", norm.running_mean), ("var", norm.running_var), ("weight", norm.weight), ("bias", norm.bias)]
-    for name, tensor in named:
-        setattr(args, name, None if tensor is None else tensor.data_ptr())
-    for name, tensor in (("res", res), ("add", add), ("y", y), ("y2", y2)):
-        if tensor is not None:
-            setattr(args, name, tensor.data_ptr())
-            setattr(args, f"ld{name}", tensor.stride(0))
-    return args
+    return FinishArgs(
+        *((0, 0, 1.0, 0.0) if norm is None else (ACTS[norm.act], 1 if norm.act_first else 2, norm.beta, norm.eps)),
+        start(bias),
+        *((None,) * 4 if norm is None else map(start, (norm.running_mean, norm.running_var, norm.weight, norm.bias))),
+        *(start(res), 0 if res is None else res.stride(0), start(add), 0 if add is None else add.stride(0)),
+        *(start(y), 0 if y is None else y.stride(0), start(y2), 0 if y2 is None else y2.stride(0)),
+    )
