@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_ENDLESS = re.compile(r"\S{1000,}")  # longer than any path in use: what a damaged file gave for a name or a number
+
 
 class R2kitError(Exception):
-    """Base of every error that r2kit raises on purpose."""
+    """Base of every error that r2kit raises on purpose. Of words without end the message has the beginning and the end."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(_ENDLESS.sub(_ends, one) if isinstance(one, str) else one for one in said))
+
+
+def _ends(found: re.Match[str]) -> str:
+    return f"{found[0][:100]}...{found[0][-20:]}"
 
 
 class RecipeError(R2kitError):

@@ -81,9 +81,9 @@ def test_the_data_are_opened_once(quick_recipe, tmp_path, monkeypatch):
     opened = []
     original = datamodule.open_source
 
-    def count(*arguments):
+    def count(*arguments, **named):
         opened.append(arguments)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(datamodule, "open_source", count)
     run = r2kit.finetune(quick_recipe, overrides=["train.epochs=1"], out=tmp_path / "run", quiet=True)

@@ -183,6 +183,19 @@ def test_numbers_of_thousands_of_digits_and_long_names_are_refused(tmp_path: Pat
         read_coco(root / "boxes.json")
 
 
+@pytest.mark.parametrize("value", [1e9, -1e9, 1e300])
+def test_an_outline_far_outside_its_image_is_refused(tmp_path: Path, value: float) -> None:
+    root = make_objects(tmp_path / "set", 2)
+    data = json.loads((root / "boxes.json").read_text())
+    data["annotations"][0]["segmentation"] = [[2.0, 2.0, value, 2.0, 8.0, 9.0]]
+    (root / "boxes.json").write_text(json.dumps(data))
+    recipe = {"task": {"kind": "detection"}, "data": {"root": str(root / "boxes.json")}}
+    with pytest.raises(
+        DataError, match=r"boxes\.json: annotations\[0\]: a point of the outline has x = .* further outside"
+    ):
+        use(recipe)
+
+
 def test_a_header_of_absurd_size_is_refused_before_tiles_are_listed(tmp_path: Path, write_tiff) -> None:
     place = {"transform": Affine(1, 0, 500_000, 0, -1, 5_000_000), "crs": "EPSG:32633"}
     write_tiff(tmp_path / "labels.tif", np.ones((8, 8, 1), np.uint8), **place)

@@ -8,7 +8,6 @@ gradients of the weights have a kernel; the rest goes through torch's operator. 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +53,10 @@ class Conv:
         """Return the convolution that `module` is, or None if it pads otherwise than with a number of zeros."""
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
-        pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return _known(tuple(tuple(pair) for pair in pairs), module.groups)
+        kernel, stride, pad, dilation = (
+            (int(a), int(b)) for a, b in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        return Conv(kernel, stride, pad, dilation, module.groups)
 
     @property
     def is_product(self) -> bool:
@@ -262,13 +263,6 @@ class Conv:
             return x
         x = x[:, :, :: self.stride[0], :: self.stride[1]]
         return x.contiguous(memory_format=torch.channels_last) if copy else x
-
-
-@functools.lru_cache(maxsize=1024)
-def _known(pairs: tuple[tuple[int, ...], ...], groups: int) -> Conv:
-    """Return a convolution; a network asks for the same ones in every pass."""
-    kernel, stride, pad, dilation = ((int(a), int(b)) for a, b in pairs)
-    return Conv(kernel, stride, pad, dilation, groups)
 
 
 def rows(x: Tensor) -> Tensor:

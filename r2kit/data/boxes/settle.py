@@ -154,7 +154,7 @@ def _in_pixels(corners: tuple[float, ...], width: int, height: int, relative: bo
 
 
 def _mask_in_pixels(mask: Any, width: int, height: int, relative: bool, where: str) -> Any:
-    """The outline in pixels; run lengths must be of the image's size, and cover it exactly."""
+    """The outline in pixels, not far outside; run lengths must be of the image's size, and cover it exactly."""
     if isinstance(mask, dict):
         if list(mask["size"]) != [height, width]:
             raise DataError(f"{where}: the run lengths are for {mask['size']}, and the image is {[height, width]}")
@@ -162,9 +162,20 @@ def _mask_in_pixels(mask: Any, width: int, height: int, relative: bool, where: s
         if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != height * width:
             raise DataError(f"{where}: the run lengths do not add up to {height} x {width} pixels")
         return {"size": [height, width], "counts": counts}
-    if mask is None or not relative:
+    if mask is None:
         return mask
-    return [[value * (width, height)[i % 2] for i, value in enumerate(polygon)] for polygon in mask]
+    sides = (width, height)
+    if relative:
+        mask = [[value * sides[i % 2] for i, value in enumerate(polygon)] for polygon in mask]
+    for polygon in mask:
+        for i, value in enumerate(polygon):
+            # Decoders walk along an outline point by point: one mistyped number would fill the memory.
+            if not -sides[i % 2] <= value <= 2 * sides[i % 2]:
+                raise DataError(
+                    f"{where}: a point of the outline has {'xy'[i % 2]} = {value:g}, further outside the image of "
+                    f"{width} x {height} than its own size"
+                )
+    return mask
 
 
 def _runs(counts: str | list[int], where: str) -> list[int]:
