@@ -18,7 +18,7 @@ _ENDLESS = re.compile(r"\S{1000,}")  # longer than any path in use: what a damag
 
 
 class R2kitError(Exception):
-    """Base of every error that r2kit raises on purpose. Of words without end the message has the beginning and the end."""
+    """Base of every error that r2kit raises on purpose; of words without end its message has both ends."""
 
     def __init__(self, *said: object) -> None:
         super().__init__(*(_ENDLESS.sub(_ends, one) if isinstance(one, str) else one for one in said))
