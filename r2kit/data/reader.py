@@ -28,6 +28,7 @@ from r2kit.errors import DataError, did_you_mean, naming
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 2**30
 """Largest decoded size of one image."""
+_MOST_BANDS = 4096  # several times what imaging spectrometers have
 
 RGB = ("red", "green", "blue")
 _PICTURES: dict[str, Any] = {
@@ -404,6 +405,10 @@ def describe_raster(
     Raises:
         DataError: If its bands are not of one real number type.
     """
+    if dataset.count > _MOST_BANDS:  # each is asked for its type, name and meaning, which takes minutes
+        raise DataError(
+            f"{path}: has {dataset.count} bands, more than {_MOST_BANDS}; its header is damaged, or rows stand as bands"
+        )
     types = set(dataset.dtypes)
     dtype = np.dtype(dataset.dtypes[0]) if len(types) == 1 else None
     if dtype is None or dtype.kind not in "iuf":
@@ -453,10 +458,12 @@ def _decode_raster(
 
 def _band_names(dataset: Any, kept: list[int]) -> tuple[str, ...]:
     """Names of the bands: their descriptions, red, green and blue by their role, else band1, band2, ..."""
-    descriptions = [dataset.descriptions[i] for i in kept]
+    said = dataset.descriptions  # asked of every band at each call: once, or 65,535 bands take minutes
+    descriptions = [said[i] for i in kept]
     if all(descriptions) and len(set(descriptions)) == len(descriptions):
         return tuple(str(name) for name in descriptions)
-    roles = [dataset.colorinterp[i] for i in kept]
+    meaning = dataset.colorinterp
+    roles = [meaning[i] for i in kept]
     if roles == [ColorInterp.red, ColorInterp.green, ColorInterp.blue]:
         return RGB
     return tuple(f"band{i + 1}" for i in kept)

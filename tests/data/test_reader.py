@@ -4,12 +4,14 @@ import resource
 import struct
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
@@ -346,3 +348,14 @@ def test_open_raster_closes_and_does_not_warn(tmp_path: Path) -> None:
     with open_raster(tmp_path / "plain.tif") as dataset:
         assert dataset.count == 3
     assert dataset.closed
+
+
+def test_absurdly_many_bands_are_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "many.tif"
+    shape = {"width": 2, "height": 2, "count": 5000, "dtype": "uint8", "interleave": "pixel"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no place on Earth
+        with rasterio.open(path, "w", driver="GTiff", **shape) as file:
+            file.write(np.zeros((5000, 2, 2), np.uint8))
+        with pytest.raises(DataError, match=r"many\.tif: has 5000 bands, more than 4096"):
+            read_image(path)
