@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import r2kit
 from r2kit.data.reader import read_image
 from r2kit.errors import DataError
 from r2kit.predict import predict
@@ -36,6 +37,27 @@ def test_a_folder_gives_one_row_an_image_with_the_models_own_probabilities(finis
     np.testing.assert_allclose(probs, expected, atol=1e-5)
     np.testing.assert_allclose(table["confidence"], probs.max(1))
     assert table["class"].tolist() == [names[i] for i in probs.argmax(1)]
+
+
+@pytest.mark.parametrize("transforms", [[], [{"name": "GaussNoise", "p": 0.1}]])
+def test_a_large_jpeg_is_read_as_in_evaluation(quick_recipe, tmp_path, transforms):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "large" / name).mkdir(parents=True)
+        for number in range(10):  # fine texture, of which a JPEG decoded smaller keeps another share
+            pixels = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "large" / name / f"{number}.jpg", quality=95)
+    recipe = {**quick_recipe, "augment": {"transforms": transforms}}
+    overrides = [f"data.root={tmp_path / 'large'}", "train.epochs=1"]
+    run = r2kit.finetune(recipe, overrides=overrides, out=tmp_path / "run", quiet=True)
+    module = run.datamodule()
+    module.setup()
+    rows = module.split.test
+    raw = torch.stack([run.preprocess.apply(module.source.read(row)) for row in rows])
+    with torch.inference_mode():
+        expected = run.model()(raw).softmax(1).numpy()
+    found = predict(run, [module.source.manifest["path"].iloc[row] for row in rows]).filter(like="prob_").to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_averaged_predictions_do_not_depend_on_how_a_file_lies(finished_run, images, tmp_path):

@@ -154,7 +154,8 @@ class Files(_Images):
             DataError: If a file cannot be read.
         """
         preprocess = self.data.preprocess
-        read, size = ReadGiven(preprocess, whole=self.kind == "segmentation"), self.data.batch_size
+        whole = self.kind == "segmentation" or bool(self.data.augment.transforms)
+        read, size = ReadGiven(preprocess, whole=whole), self.data.batch_size
         for loaded in load_images(read, loader, lambda raw: (preprocess.apply(raw),), batch_size=size):
             if loaded.failed:
                 raise DataError(loaded.failed[0][1])

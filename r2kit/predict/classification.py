@@ -52,7 +52,8 @@ def predict(
     order: list[int] = []
     probs: list[NDArray[np.float64]] = []
     skipped: list[tuple[str, str]] = []
-    reader, prepare = ReadGiven(preprocess, whole=False), _Prepare(preprocess)
+    whole = bool(run.recipe.augment.transforms)  # as the images were read that it learned from
+    reader, prepare = ReadGiven(preprocess, whole=whole), _Prepare(preprocess)
     for batch in load_images(reader, files, prepare, batch_size=batch_size, workers=workers):
         skipped += [(str(files[position]), reason) for position, reason in batch.failed]
         if batch.index:

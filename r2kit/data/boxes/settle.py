@@ -173,7 +173,7 @@ def _mask_in_pixels(mask: Any, width: int, height: int, relative: bool, where: s
             if not -sides[i % 2] <= value <= 2 * sides[i % 2]:
                 raise DataError(
                     f"{where}: a point of the outline has {'xy'[i % 2]} = {value:g}, further outside the image of "
-                    f"{width} x {height} than its own size"
+                    f"{width} x {height} than its own size; mend the number, or take the outline out"
                 )
     return mask
 
