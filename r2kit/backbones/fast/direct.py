@@ -222,8 +222,7 @@ def convolve(
         *(weight.shape[2], weight.shape[3], *stride, *pad, int(back), int(adds)),
         *(w_h, w_w, w_c, w_k, native.threads(), x.data_ptr(), weight.data_ptr(), end),
     )
-    library = native.load(SOURCE)
-    (library.direct_float if x.dtype == torch.float32 else library.direct_double)(ctypes.byref(args))
+    native.call(SOURCE, "direct", x.dtype, args)
 
 
 def main(batch: int = 32, rounds: int = 10) -> None:

@@ -6,16 +6,18 @@ again; the plain modules keep the input of each activation, each normalisation a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from r2kit.backbones.fast import memory, norm_act
+from r2kit.backbones.fast import memory, native, norm_act, window
 from r2kit.backbones.fast.convolution import Conv, room, rows
 from r2kit.backbones.fast.norm_act import Norm
+from r2kit.backbones.fast.tape import Tapes, Values
 
 
 class ConvNorm(NamedTuple):
@@ -40,6 +42,7 @@ class UnitSpec:
         pool: Stride of the 3x3 average pool of that split, or None.
         published_sum: Concatenate ``z0 + x1`` in place of ``z0``.
         side: The convolution and norm of the shortcut, or None where it is x itself or made elsewhere.
+        tapes: What it calls, written down.
     """
 
     first: ConvNorm
@@ -50,11 +53,38 @@ class UnitSpec:
     pool: tuple[int, int] | None
     published_sum: bool
     side: ConvNorm | None
+    tapes: Tapes = field(default_factory=Tapes, compare=False)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[ConvNorm, ...]:
         """Every convolution in its order."""
         return (self.first, *self.inner, self.last, *(() if self.side is None else (self.side,)))
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What `tensors_of` gives for its parts."""
+        return tuple(tensors_of(self.parts))
+
+    @cached_property
+    def constants(self) -> tuple[Tensor | None, ...]:
+        """Every tensor that it reads or moves."""
+        norms = [part.norm for part in self.parts if part.norm is not None]
+        return (*self.tensors, *(t for norm in norms for t in (norm.running_mean, norm.running_var)))
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether no norm takes the statistics of the batch."""
+        return not any(part.norm is not None and part.norm.batch for part in self.parts)
+
+    def run(self, what: Any, function: Any, *inputs: Tensor | None) -> Values:
+        """Return ``function(*inputs)``, written down under `what` and the inputs' sizes."""
+        x = inputs[0]
+        assert x is not None
+        if x.is_cuda:
+            found: Values = function(*inputs)
+            return found
+        sizes = tuple(None if t is None else (t.shape, t.stride()) for t in inputs)
+        return self.tapes.run((what, x.dtype, native.threads(), sizes), function, inputs, self.constants)
 
 
 def tensors_of(parts: tuple[ConvNorm, ...]) -> list[Tensor | None]:
@@ -163,146 +193,184 @@ class _UnitFunction(Function):
     def forward(
         ctx: Any, spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        if not keep and not any(part.norm is not None and part.norm.batch for part in spec.parts):
-            return _finished_unit(spec, x, shortcut)
-        first, last = spec.first, spec.last
-        assert first.norm is not None
-        assert last.norm is not None
-        width = first.weight.shape[0] // (len(spec.inner) + spec.passes_last)
-        used = width * len(spec.inner)
-        h = first.conv.forward(x, first.weight, first.bias)
-        h_rows = rows(h)
-        stats = [_stats(first.norm, h)]
-        b = room(h, used, (h.shape[2], h.shape[3])) if keep else h.narrow(1, 0, used)
-        b_rows = rows(b)
-        norm_act.forward(h_rows.narrow(1, 0, used), first.norm.narrow(0, used), _cut(stats[0], 0, used), b_rows)
-
-        conv_outs: list[Tensor] = []
-        cat = cat_rows = torch.empty(0)
-        z = b.narrow(1, 0, width)
-        for i, part in enumerate(spec.inner):
-            assert part.norm is not None
-            c = part.conv.forward(z, part.weight, part.bias)
-            if i == 0:
-                cat = room(c, first.weight.shape[0], (c.shape[2], c.shape[3]))
-                cat_rows = rows(cat)
-            stats.append(_stats(part.norm, c))
-            out, after = cat_rows.narrow(1, i * width, width), (i + 1) * width
-            if spec.chained and i + 1 < len(spec.inner):
-                published = spec.published_sum and i == 0
-                z = cat.narrow(1, 0, width) if published else memory.empty_like(c)
-                add = b_rows.narrow(1, after, width)
-                norm_act.forward(rows(c), part.norm, stats[-1], None if published else out, add=add, y2=rows(z))
-            else:
-                norm_act.forward(rows(c), part.norm, stats[-1], out)
-                if i + 1 < len(spec.inner):
-                    z = b.narrow(1, after, width)
-            conv_outs.append(c)
-        if not keep:
-            conv_outs.clear()
-        if spec.passes_last:
-            norm, last_stats = first.norm.narrow(used, width), _cut(stats[0], used, width)
-            tail_rows = h_rows.narrow(1, used, width)
-            if spec.pool is None:
-                norm_act.forward(tail_rows, norm, last_stats, cat_rows.narrow(1, used, width))
-            else:
-                tail = room(h, width, (h.shape[2], h.shape[3]))
-                norm_act.forward(tail_rows, norm, last_stats, rows(tail))
-                cat[:, used:].copy_(torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
-
-        o = last.conv.forward(cat, last.weight, last.bias)
-        stats.append(_stats(last.norm, o))
-        side_out = side_stats = None
-        if spec.side is not None:
-            assert spec.side.norm is not None
-            side_out = spec.side.conv.forward(x, spec.side.weight, spec.side.bias)
-            side_stats = _stats(spec.side.norm, side_out)
-            shortcut = memory.empty_like(side_out) if keep else side_out
-            norm_act.forward(rows(side_out), spec.side.norm, side_stats, rows(shortcut))
-        out4 = memory.empty_like(o) if keep else o
-        norm_act.forward(rows(o), last.norm, stats[-1], rows(out4), res=rows(x if shortcut is None else shortcut))
+        out, *kept = spec.run(("forward", keep), partial(_forward_unit, spec, keep), x, shortcut)
         if keep:
-            ctx.spec, ctx.width = spec, width
-            ctx.save_for_backward(x, shortcut, side_out, side_stats, h, cat, o, *conv_outs, *stats, *tensors)
-        return out4
+            ctx.spec = spec
+            ctx.save_for_backward(x, *kept, *tensors)
+        assert out is not None
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         spec: UnitSpec = ctx.spec
-        width: int = ctx.width
-        count = len(spec.inner)
-        used = width * count
-        x, shortcut, side_out, side_stats, h, cat, o, *rest = ctx.saved_tensors
-        conv_outs, (stats1, *inner_stats, stats3) = rest[:count], rest[count : 2 * count + 2]
-        need_x, need_shortcut, *needs = ctx.needs_input_grad[2:]
-        need = [needs[i : i + 4] for i in range(0, len(needs), 4)]
-        first, last = spec.first, spec.last
-        assert first.norm is not None
-        assert last.norm is not None
+        x, *kept = ctx.saved_tensors[: -len(spec.tensors)]  # the rest: so that torch notices if a weight has changed
+        needs = ctx.needs_input_grad[2:]
+        function = partial(_backward_unit, spec, needs)
+        return None, None, *spec.run(("backward", needs), function, _channels_last(dout), x, *kept)
 
-        own = shortcut is None  # the identity: both gradients are of one tensor
-        dres, do = memory.empty_like(o), memory.empty_like(o)
-        dnorm = norm_act.backward(
-            *(rows(o), last.norm, stats3, rows(_channels_last(dout)), rows(do)),
-            res=rows(x if own else shortcut),
-            dres=rows(dres),
-        )
-        dcat = last.conv.input_grad(do, cat, last.weight)
-        wanted = need[count + 1]
-        grads_last = [*_conv_grads(last, wanted, do, cat), *_needed(dnorm, wanted[2:])]
-        del do
-        if spec.side is not None:
-            assert spec.side.norm is not None
-            # dres becomes the gradient of what the side's convolution wrote
-            dnorm = norm_act.backward(rows(side_out), spec.side.norm, side_stats, rows(dres), rows(dres))
-            grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
 
-        dh, h_rows, dcat_rows = memory.empty_like(h), rows(h), rows(dcat)
-        dh_rows = rows(dh)
-        dnorm1 = torch.empty(2, h.shape[1], dtype=norm_act.sums_dtype(h), device=h.device)
+def _forward_unit(spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None) -> Values:
+    """Return a unit's output, and, to `keep`, what `_backward_unit` takes."""
+    first, last = spec.first, spec.last
+    assert first.norm is not None
+    assert last.norm is not None
+    width = first.weight.shape[0] // (len(spec.inner) + spec.passes_last)
+    used = width * len(spec.inner)
+    h = first.conv.forward(x, first.weight, first.bias)
+    h_rows = rows(h)
+    stats = [_stats(first.norm, h)]
+    b = room(h, used, (h.shape[2], h.shape[3])) if keep else h.narrow(1, 0, used)
+    b_rows = rows(b)
+    norm_act.forward(h_rows.narrow(1, 0, used), first.norm.narrow(0, used), _cut(stats[0], 0, used), b_rows)
 
-        def close(start: int, length: int, dy: Tensor) -> None:
-            """Take the gradient of some splits back through the first norm."""
-            cut = (first.norm.narrow(start, length), _cut(stats1, start, length))  # type: ignore[union-attr]
-            read, written = (part.narrow(1, start, length) for part in (h_rows, dh_rows))
-            dnorm1.narrow(1, start, length).copy_(torch.stack(norm_act.backward(read, *cut, dy, written)))
+    conv_outs: list[Tensor] = []
+    cat = cat_rows = torch.empty(0)
+    z = b.narrow(1, 0, width)
+    for i, part in enumerate(spec.inner):
+        assert part.norm is not None
+        c = part.conv.forward(z, part.weight, part.bias)
+        if i == 0:
+            cat = room(c, first.weight.shape[0], (c.shape[2], c.shape[3]))
+            cat_rows = rows(cat)
+        stats.append(_stats(part.norm, c))
+        out, after = cat_rows.narrow(1, i * width, width), (i + 1) * width
+        if spec.chained and i + 1 < len(spec.inner):
+            published = spec.published_sum and i == 0
+            z = cat.narrow(1, 0, width) if published else memory.empty_like(c)
+            add = b_rows.narrow(1, after, width)
+            norm_act.forward(rows(c), part.norm, stats[-1], None if published else out, add=add, y2=rows(z))
+        else:
+            norm_act.forward(rows(c), part.norm, stats[-1], out)
+            if i + 1 < len(spec.inner):
+                z = b.narrow(1, after, width)
+        conv_outs.append(c)
+    if not keep:
+        conv_outs.clear()
+    if spec.passes_last:
+        norm, last_stats = first.norm.narrow(used, width), _cut(stats[0], used, width)
+        tail_rows = h_rows.narrow(1, used, width)
+        if spec.pool is None:
+            norm_act.forward(tail_rows, norm, last_stats, cat_rows.narrow(1, used, width))
+        else:
+            tail = room(h, width, (h.shape[2], h.shape[3]))
+            norm_act.forward(tail_rows, norm, last_stats, rows(tail))
+            _average(tail, cat[:, used:], spec.pool)
 
-        if spec.passes_last:
-            dlast = dcat[:, used:]
-            if spec.pool is not None:
-                like = torch.empty_like(h[:, used:], memory_format=torch.channels_last)
-                dlast = torch.ops.aten.avg_pool2d_backward(
-                    dlast.contiguous(memory_format=torch.channels_last), like, [3], spec.pool, [1], False, True, None
-                )
-            close(used, width, rows(_channels_last(dlast)))
+    o = last.conv.forward(cat, last.weight, last.bias)
+    stats.append(_stats(last.norm, o))
+    side_out = side_stats = None
+    if spec.side is not None:
+        assert spec.side.norm is not None
+        side_out = spec.side.conv.forward(x, spec.side.weight, spec.side.bias)
+        side_stats = _stats(spec.side.norm, side_out)
+        shortcut = memory.empty_like(side_out) if keep else side_out
+        norm_act.forward(rows(side_out), spec.side.norm, side_stats, rows(shortcut))
+    out4 = memory.empty_like(o) if keep else o
+    norm_act.forward(rows(o), last.norm, stats[-1], rows(out4), res=rows(x if shortcut is None else shortcut))
+    return (out4, shortcut, side_out, side_stats, h, cat, o, *conv_outs, *stats) if keep else (out4,)
 
-        zs = _read_again(spec, h, cat, stats1, width)
-        db = room(h, used, (h.shape[2], h.shape[3]))  # gradients of what the inner convolutions read
-        db_rows = rows(db)
-        grads_inner: list[Any] = []
-        following: Tensor | None = None  # gradient of the next convolution's input, where this split is added to it
-        for i in reversed(range(count)):
-            part, c = spec.inner[i], conv_outs[i]
-            assert part.norm is not None
-            dy, add = dcat_rows.narrow(1, i * width, width), following
-            if spec.published_sum and i == 0 and following is not None:
-                dy, add = following, None  # it holds what came through the concatenation already
-            dc = memory.empty_like(c)
-            dnorm = norm_act.backward(rows(c), part.norm, inner_stats[i], dy, rows(dc), add=add)
-            grads_inner = [*_conv_grads(part, need[i + 1], dc, zs[i]), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
-            dz = part.conv.input_grad(dc, zs[i], part.weight, out=db.narrow(1, i * width, width))
-            chained = spec.chained and i > 0
-            if chained and spec.published_sum and i == 1:
-                dz.add_(dcat[:, :width])
-            following = db_rows.narrow(1, i * width, width) if chained else None
-        close(0, used, db_rows)
 
-        grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
-        dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
-        if need_x and spec.side is not None:
-            dx = spec.side.conv.input_grad(dres, x, spec.side.weight, into=dx)
-        return (None, None, dx, dres if need_shortcut and not own else None, *grads_first, *grads_inner, *grads_last)
+def _backward_unit(
+    spec: UnitSpec,
+    needs: tuple[bool, ...],
+    dout: Tensor,
+    x: Tensor,
+    shortcut: Tensor | None,
+    side_out: Tensor | None,
+    side_stats: Tensor | None,
+    h: Tensor,
+    cat: Tensor,
+    o: Tensor,
+    *kept: Tensor,
+) -> Values:
+    """Return the gradients of a unit's input, of its shortcut, and of what `tensors_of` gives, where `needs` says so.
+
+    Args:
+        spec: The unit.
+        needs: One for each of those.
+        dout: Gradient of its output.
+        x: Its input.
+        shortcut: As `_forward_unit` returned it, like everything that follows.
+        side_out: What the shortcut's convolution wrote.
+        side_stats: Statistics of its norm.
+        h: What the first convolution wrote.
+        cat: What the last convolution read.
+        o: What it wrote.
+        kept: What each inner convolution wrote, then the statistics of every other norm.
+    """
+    count = len(spec.inner)
+    width = h.shape[1] // (count + spec.passes_last)
+    used = width * count
+    conv_outs, (stats1, *inner_stats, stats3) = kept[:count], kept[count:]
+    need_x, need_shortcut, *parts = needs
+    need = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+    first, last = spec.first, spec.last
+    assert first.norm is not None
+    assert last.norm is not None
+
+    own = shortcut is None  # the identity: both gradients are of one tensor
+    dres, do = memory.empty_like(o), memory.empty_like(o)
+    dnorm = norm_act.backward(
+        *(rows(o), last.norm, stats3, rows(dout), rows(do)),
+        res=rows(x if shortcut is None else shortcut),
+        dres=rows(dres),
+    )
+    dcat = last.conv.input_grad(do, cat, last.weight)
+    wanted = need[count + 1]
+    grads_last = [*_conv_grads(last, wanted, do, cat), *_needed(dnorm, wanted[2:])]
+    del do
+    if spec.side is not None:
+        assert spec.side.norm is not None
+        assert side_out is not None
+        # dres becomes the gradient of what the side's convolution wrote
+        dnorm = norm_act.backward(rows(side_out), spec.side.norm, side_stats, rows(dres), rows(dres))
+        grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
+
+    dh, h_rows, dcat_rows = memory.empty_like(h), rows(h), rows(dcat)
+    dh_rows = rows(dh)
+    dnorm1 = memory.small((2, h.shape[1]), h, norm_act.sums_dtype(h))
+
+    def close(start: int, length: int, dy: Tensor) -> None:
+        """Take the gradient of some splits back through the first norm."""
+        cut = (first.norm.narrow(start, length), _cut(stats1, start, length))  # type: ignore[union-attr]
+        read, written = (part.narrow(1, start, length) for part in (h_rows, dh_rows))
+        norm_act.backward(read, *cut, dy, written, sums=dnorm1.narrow(1, start, length))
+
+    if spec.passes_last:
+        dlast = dcat[:, used:]
+        if spec.pool is not None:
+            dtail = room(h, width, (h.shape[2], h.shape[3]))
+            _average_grad(dlast, dtail, spec.pool)
+            dlast = dtail
+        close(used, width, rows(dlast))
+
+    zs = _read_again(spec, h, cat, stats1, width)
+    db = room(h, used, (h.shape[2], h.shape[3]))  # gradients of what the inner convolutions read
+    db_rows = rows(db)
+    grads_inner: list[Any] = []
+    following: Tensor | None = None  # gradient of the next convolution's input, where this split is added to it
+    for i in reversed(range(count)):
+        part, c = spec.inner[i], conv_outs[i]
+        assert part.norm is not None
+        dy, add = dcat_rows.narrow(1, i * width, width), following
+        if spec.published_sum and i == 0 and following is not None:
+            dy, add = following, None  # it holds what came through the concatenation already
+        dc = memory.empty_like(c)
+        dnorm = norm_act.backward(rows(c), part.norm, inner_stats[i], dy, rows(dc), add=add)
+        grads_inner = [*_conv_grads(part, need[i + 1], dc, zs[i]), *_needed(dnorm, need[i + 1][2:]), *grads_inner]
+        dz = part.conv.input_grad(dc, zs[i], part.weight, out=db.narrow(1, i * width, width))
+        chained = spec.chained and i > 0
+        if chained and spec.published_sum and i == 1:
+            dz.add_(dcat[:, :width])
+        following = db_rows.narrow(1, i * width, width) if chained else None
+    close(0, used, db_rows)
+
+    grads_first = [*_conv_grads(first, need[0], dh, x), *_needed((dnorm1[0], dnorm1[1]), need[0][2:])]
+    dx = first.conv.input_grad(dh, x, first.weight, into=dres if own else None) if need_x else None
+    if need_x and spec.side is not None:
+        dx = spec.side.conv.input_grad(dres, x, spec.side.weight, into=dx)
+    return (dx, dres if need_shortcut and not own else None, *grads_first, *grads_inner, *grads_last)
 
 
 def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, width: int) -> list[Tensor]:
@@ -331,7 +399,7 @@ def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, wi
     return zs
 
 
-def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
+def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Values:
     """Return a unit's output where every statistic is fixed and nothing is kept: each map is written once."""
 
     def finished(part: ConvNorm, x: Tensor, **where: Tensor | None) -> Tensor | None:
@@ -344,26 +412,41 @@ def _finished_unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor
     used = width * len(spec.inner)
     size = spec.inner[0].conv.out_size(h.shape[2], h.shape[3])
     cat = room(h, h.shape[1], size)
+    sums = [room(h, width, size) for _ in range(min(2, len(spec.inner) - 1))] if spec.chained else []
     z = h[:, :width]
     for i, part in enumerate(spec.inner):
         out = rows(cat)[:, i * width : (i + 1) * width]
         following = h[:, (i + 1) * width : (i + 2) * width]
         if spec.chained and i + 1 < len(spec.inner):
             published = spec.published_sum and i == 0
-            chained = cat[:, :width] if published else room(h, width, size)
+            chained = cat[:, :width] if published else sums[i % 2]
             finished(part, z, y=None if published else out, add=rows(following), y2=rows(chained))
             z = chained
         else:
             finished(part, z, y=out)
             z = following
     if spec.passes_last:
-        tail = h[:, used:]
-        cat[:, used:].copy_(tail if spec.pool is None else torch.nn.functional.avg_pool2d(tail, 3, spec.pool, 1))
+        _average(h[:, used:], cat[:, used:], spec.pool)
     if spec.side is not None:
         shortcut = finished(spec.side, x)
     found = finished(spec.last, cat, res=rows(x if shortcut is None else shortcut))
-    assert found is not None
-    return found
+    return (found,)
+
+
+def _average(x: Tensor, out: Tensor, step: tuple[int, int] | None) -> None:
+    """Write the means of 3x3 windows of some channels, or, without a step, the channels themselves."""
+    if x.is_cuda:
+        out.copy_(x if step is None else torch.nn.functional.avg_pool2d(x, 3, step, 1))
+    else:
+        window.average(x, out, *((1, (1, 1)) if step is None else (3, step)))
+
+
+def _average_grad(dy: Tensor, out: Tensor, step: tuple[int, int]) -> None:
+    """Write the gradient of what `_average` read."""
+    if dy.is_cuda:
+        out.copy_(torch.ops.aten.avg_pool2d_backward(_channels_last(dy), out, [3], step, [1], False, True, None))
+    else:
+        window.average_grad(dy, out, 3, step)
 
 
 def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -374,16 +457,19 @@ def unit(spec: UnitSpec, x: Tensor, shortcut: Tensor | None) -> Tensor:
         x: (B, C, H, W).
         shortcut: (B, K, OH, OW), or None for x itself and where the unit makes it.
     """
-    tensors = tensors_of(spec.parts)
-    shortcut = None if shortcut is None else _channels_last(shortcut)
-    keep = wants_grad(x, shortcut, *tensors)
-    result: Tensor = _UnitFunction.apply(spec, keep, _channels_last(x), shortcut, *tensors)
+    x, shortcut = _channels_last(x), None if shortcut is None else _channels_last(shortcut)
+    keep = wants_grad(x, shortcut, *spec.tensors)
+    if not keep and spec.is_fixed:
+        (out,) = spec.run("finished", partial(_finished_unit, spec), x, shortcut)
+        assert out is not None
+        return out
+    result: Tensor = _UnitFunction.apply(spec, keep, x, shortcut, *spec.tensors)
     return result
 
 
 def _stats(norm: Norm, x: Tensor) -> Tensor | None:
     """Return room for mean and variance, or None where the running ones are used."""
-    return torch.empty(2, x.shape[1], dtype=norm_act.sums_dtype(x), device=x.device) if norm.batch else None
+    return memory.small((2, x.shape[1]), x, norm_act.sums_dtype(x)) if norm.batch else None
 
 
 def _cut(stats: Tensor | None, start: int, length: int) -> Tensor | None:

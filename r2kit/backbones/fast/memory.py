@@ -18,6 +18,7 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -142,6 +143,35 @@ if hasattr(os, "register_at_fork"):
 _HAS_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
 
 
+class _Listener(threading.local):
+    """What hears of the room that a thread makes."""
+
+    pieces: list[Tensor] | None = None
+
+
+_LISTENER = _Listener()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[Tensor]]:
+    """Collect, and so keep, the tensors that this thread makes here meanwhile."""
+    before, _LISTENER.pieces = _LISTENER.pieces, []
+    try:
+        yield _LISTENER.pieces
+    finally:
+        _LISTENER.pieces = before
+
+
+def storage(size: int) -> torch.UntypedStorage:
+    """Return `size` bytes on the CPU, not filled."""
+    if size >= SMALLEST and _HAS_PAGES:
+        try:
+            return torch.from_numpy(ARENAS.take(size)).untyped_storage()
+        except OSError:  # torch says better than we that there is no memory
+            pass
+    return torch.empty(size, dtype=torch.uint8).untyped_storage()
+
+
 def empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Return a new tensor, channels-last, not filled, with the type and the device of another one.
 
@@ -152,15 +182,28 @@ def empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     size = like.element_size()
     for side in shape:
         size *= side
-    if size >= SMALLEST and _HAS_PAGES and like.device.type == "cpu":
-        try:
-            storage = torch.from_numpy(ARENAS.take(size)).untyped_storage()
-        except OSError:  # torch says better than we that there is no memory
-            pass
-        else:
-            # Not a view of those bytes: autograd would refuse that in-place operators change it.
-            return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, _strides(shape))
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if size >= SMALLEST and like.device.type == "cpu":
+        # Not a view of those bytes: autograd would refuse that in-place operators change it.
+        made = torch.empty(0, dtype=like.dtype).set_(storage(size), 0, shape, _strides(shape))
+    else:
+        made = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if _LISTENER.pieces is not None:
+        _LISTENER.pieces.append(made)
+    return made
+
+
+def small(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a new contiguous tensor of a few values, not filled.
+
+    Args:
+        shape: Of any length.
+        like: Its type and device are taken.
+        dtype: In place of that type.
+    """
+    made = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    if _LISTENER.pieces is not None:
+        _LISTENER.pieces.append(made)
+    return made
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ the caller keeps the plain form.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,7 +17,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +52,62 @@ def load(source: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NativeUnavailableError(f"the compiled kernels cannot be loaded: {error}") from None
+
+
+class Call(NamedTuple):
+    """One call of a kernel.
+
+    Attributes:
+        function: Of a library.
+        args: Its first argument, handed over by reference; every field takes eight bytes.
+        more: Numbers that it takes besides.
+    """
+
+    function: Any
+    args: ctypes.Structure
+    more: tuple[int, ...]
+
+
+class _Listener(threading.local):
+    """What hears of the calls of a thread."""
+
+    calls: list[Call] | None = None
+
+
+_LISTENER = _Listener()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[Call]]:
+    """Collect what this thread calls meanwhile."""
+    before, _LISTENER.calls = _LISTENER.calls, []
+    try:
+        yield _LISTENER.calls
+    finally:
+        _LISTENER.calls = before
+
+
+def call(source: str, name: str, dtype: torch.dtype, args: ctypes.Structure, *more: int) -> None:
+    """Call a kernel.
+
+    Args:
+        source: Of its library.
+        name: Of its function, less the type behind it.
+        dtype: 32- or 64-bit floats.
+        args: Its first argument.
+        more: Numbers that it takes besides.
+    """
+    function = _function(source, name, dtype)
+    if _LISTENER.calls is not None:
+        _LISTENER.calls.append(Call(function, args, more))
+    function(ctypes.byref(args), *more)
+
+
+@functools.cache
+def _function(source: str, name: str, dtype: torch.dtype) -> Any:
+    function = getattr(load(source), f"{name}_{'float' if dtype == torch.float32 else 'double'}")
+    function.argtypes, function.restype = (ctypes.c_void_p,), None  # an address is no int; what follows is
+    return function
 
 
 def has_wide_vectors() -> bool:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r2kit.backbones.fast import lanes, native
+from r2kit.backbones.fast import lanes, memory, native
 
 SOURCE = (
     lanes.VECTORS
@@ -478,6 +478,7 @@ def backward(
     add: Tensor | None = None,
     res: Tensor | None = None,
     dres: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of x into `dx` and return those of weight and bias, both (C,); of a norm with neither, noise.
 
@@ -490,18 +491,23 @@ def backward(
         add: (R, C): the gradient is ``dy + add``.
         res: As given to `forward`.
         dres: (R, C), needed with `res` and no other tensor than that: its gradient is written here.
+        sums: (2, C), room for the two that are returned, or None for new room.
     """
     if x.is_cuda:
         from r2kit.backbones.fast import norm_act_gpu
 
-        return norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres)
-    grads = torch.empty(2, x.shape[1], dtype=x.dtype)
+        found = norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres)
+        if sums is not None:
+            sums.copy_(torch.stack(found))
+        return found
+    if sums is None:
+        sums = memory.small((2, x.shape[1]), x)
     args = _args(x, norm, stats, res, add, dy, dx, dres)
     if norm.weight is not None or norm.bias is not None:
-        args.dweight = at = grads.data_ptr()
-        args.dbias = at + x.shape[1] * x.element_size()
+        args.dweight = at = sums.data_ptr()
+        args.dbias = at + sums.stride(0) * x.element_size()
     _call(args, x.dtype, back=True)
-    dweight, dbias = grads.unbind()
+    dweight, dbias = sums.unbind()
     return dweight, dbias
 
 
@@ -541,9 +547,7 @@ def start(tensor: Tensor | None) -> int | None:
 
 
 def _call(args: _Args, dtype: torch.dtype, *, back: bool) -> None:
-    library = native.load(SOURCE)
-    function = library.norm_act_float if dtype == torch.float32 else library.norm_act_double
-    function(ctypes.byref(args), ctypes.c_int(back))
+    native.call(SOURCE, "norm_act", dtype, args, int(back))
 
 
 # --------------------------------------------------------------------------------------------- reference, benchmark

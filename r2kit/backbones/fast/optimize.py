@@ -10,9 +10,10 @@ know. On a GPU the fused units run, with Triton's kernels between torch's convol
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath
@@ -21,7 +22,17 @@ from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from r2kit.backbones._res2 import Res2Block
-from r2kit.backbones.fast import direct, functions, native, norm_act, product, weight_grad, winograd, winograd_grad
+from r2kit.backbones.fast import (
+    direct,
+    functions,
+    native,
+    norm_act,
+    product,
+    weight_grad,
+    window,
+    winograd,
+    winograd_grad,
+)
 from r2kit.backbones.fast.convolution import Conv
 from r2kit.backbones.fast.functions import ConvNorm, UnitSpec
 from r2kit.backbones.fast.norm_act import Norm
@@ -88,7 +99,9 @@ def is_fast(model: nn.Module) -> bool:
     return any(type(module) in _PLAIN for module in model.modules())
 
 
-_SOURCES = tuple(kernel.SOURCE for kernel in (norm_act, direct, product, winograd, winograd_grad, weight_grad))
+_SOURCES = tuple(kernel.SOURCE for kernel in (norm_act, direct, product, winograd, winograd_grad, weight_grad, window))
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # ------------------------------------------------------------------------------------------- what can be fast, when
 
@@ -115,10 +128,7 @@ def _usable(x: Tensor, parts: Iterable[nn.Module], *, gpu: bool = True) -> bool:
     # A mode that watches every operator (to count, to fake) would not see what the kernels do.
     if torch.utils._python_dispatch._get_current_dispatch_mode() is not None or _in_transform():
         return False
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in parts
-    )
+    return not any(part.__dict__[hooks] for part in parts for hooks in _HOOKS)
 
 
 def _in_transform() -> bool:
@@ -379,23 +389,75 @@ def _run(
         orders: Whether the activation stands first behind the first convolution, and behind the inner ones.
         chained: Whether each split but the first has the output of the one before added.
     """
+    if not _usable(x, ()):
+        return plain_forward(x)
+    given, x = x, _cast(x)
+    state = None if x.is_cuda else (x.dtype, *_state(block))
+    known = _KNOWN.get(block)
+    if known is None or state is None or known.state != state:
+        found = _unit(block, x, acts, orders, chained)
+        if found is None:
+            return plain_forward(given)
+        known = _Known(state or (), *found)
+        if state is not None:
+            _KNOWN[block] = known
+    spec, bns = known.spec, known.bns
+    if any(_single_value(part, x) for part in (spec.first, spec.inner[0])) or not _step(bns):
+        return plain_forward(given)
+    x = x.contiguous(memory_format=torch.channels_last)
+    elsewhere = spec.side is None and not _does_nothing(block.downsample)
+    return functions.unit(spec, x, block.downsample(x).to(x.dtype) if elsewhere else None)
+
+
+class _Known(NamedTuple):
+    """What was found out about a unit, and the state in which it holds."""
+
+    state: tuple[Any, ...]
+    spec: UnitSpec
+    bns: list[nn.Module]
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_SCALARS = frozenset((bool, int, float, str, tuple))
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """Return all that a unit's spec is made from, for a module and those in it: whoever changes it makes another."""
+    own = module.__dict__
+    found: list[Any] = [type(module), *(value for value in own.values() if type(value) in _SCALARS)]
+    found += [bool(own[hooks]) for hooks in _HOOKS]
+    for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+        if tensor is None:
+            found.append(None)
+        else:
+            found += [id(tensor), tensor.data_ptr(), tensor.dtype, tensor.stride()]
+    if type(module) is MishBeta:
+        found.append(float(module.beta))
+    for name, child in own["_modules"].items():
+        found.append(name)
+        if child is not None:
+            found += _state(child)
+    return found
+
+
+def _unit(
+    block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool
+) -> tuple[UnitSpec, list[nn.Module]] | None:
+    """Return what a unit computes and its norms, or None where something in it is of another kind; see `_run`."""
     bottleneck = isinstance(block, Bottleneck)
     convs = [block.conv2] if bottleneck else list(block.convs)
     bns = [block.bn1, *([block.bn2] if bottleneck else block.bns), block.bn3]
     idle = (block.drop_block, block.se, block.drop_path, getattr(block, "aa", None))
     parts = [block.conv1, *convs, block.conv3, *bns, *acts]
     if not all(_does_nothing(module) for module in idle) or not _usable(x, parts):
-        return plain_forward(x)
-    given, x = x, _cast(x)
+        return None
     first = _conv_norm(block.conv1, bns[0], acts[0], x, act_first=orders[0])
     found = [_conv_norm(*trio, x, act_first=orders[1]) for trio in zip(convs, bns[1:-1], acts[1:-1], strict=True)]
     inner = tuple(part for part in found if part is not None)
     last = _conv_norm(block.conv3, bns[-1], acts[-1], x, act_first=False)
     if first is None or last is None or len(inner) < len(found):
-        return plain_forward(given)
+        return None
     side, side_bns = _side(block.downsample, x)
-    if any(_single_value(part, x) for part in (first, inner[0])) or not _step([*bns, *side_bns]):
-        return plain_forward(given)
     pool = getattr(block, "pool", None)
     spec = UnitSpec(
         first,
@@ -407,9 +469,7 @@ def _run(
         published_sum=getattr(block, "published_sum", False),
         side=side,
     )
-    x = x.contiguous(memory_format=torch.channels_last)
-    elsewhere = side is None and not _does_nothing(block.downsample)
-    return functions.unit(spec, x, block.downsample(x).to(x.dtype) if elsewhere else None)
+    return spec, [*bns, *side_bns]
 
 
 def _side(downsample: nn.Module | None, x: Tensor) -> tuple[ConvNorm | None, list[nn.Module]]:

@@ -144,8 +144,7 @@ def convolve(x: Tensor, weight: Tensor, end: FinishArgs) -> None:
         *(batch * height * width, chans, pixel_step(x), weight.shape[0], weight.stride(0), native.threads()),
         *(x.data_ptr(), weight.data_ptr(), end),
     )
-    library = native.load(SOURCE)
-    (library.product_float if x.dtype == torch.float32 else library.product_double)(ctypes.byref(args))
+    native.call(SOURCE, "product", x.dtype, args)
 
 
 def main(batch: int = 32, rounds: int = 10) -> None:

@@ -107,7 +107,7 @@ static inline void fetch(const float* from, const float* to) {
   for (; from < to; from += 16) __builtin_prefetch(from, 0, 2);  // a line of the cache
 }
 
-extern "C" void weight_grad(const Args* args) {
+extern "C" void weight_grad_float(const Args* args) {
   using All = std::make_integer_sequence<int, MR>;
   const Args& a = *args;
   const int64_t taps = a.kernel_h * a.kernel_w, pixels = a.out_height * a.out_width;
@@ -214,7 +214,7 @@ def weight_grad(x: Tensor, dy: Tensor, kernel: tuple[int, int], stride: int, pad
         *(*kernel, stride, pad, dilation, native.threads()),
         *(x.data_ptr(), dy.data_ptr(), dw.data_ptr()),
     )
-    native.load(SOURCE).weight_grad(ctypes.byref(args))
+    native.call(SOURCE, "weight_grad", x.dtype, args)
     return dw
 
 

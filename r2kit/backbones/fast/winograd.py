@@ -173,8 +173,7 @@ def convolve(
         w_h, w_w = -w_h, -w_w
     images = Images.of(x, out_size, pad)
     args = _Args(images, chans_out, w_h, w_w, w_c, w_k, native.threads(), square_side(out_size), start, end)
-    library = native.load(SOURCE)
-    (library.winograd_float if x.dtype == torch.float32 else library.winograd_double)(ctypes.byref(args))
+    native.call(SOURCE, "winograd", x.dtype, args)
 
 
 def main(batch: int = 32, rounds: int = 10) -> None:

@@ -200,8 +200,7 @@ def weight_grad(x: Tensor, dy: Tensor, pad: tuple[int, int]) -> Tensor:
     dw = memory.empty(x, (chans, x.shape[1], 3, 3))
     images = Images.of(x, size, pad)
     args = _Args(images, chans, pixel_step(dy), native.threads(), dy.data_ptr(), dw.data_ptr())
-    library = native.load(SOURCE)
-    (library.winograd_grad_float if x.dtype == torch.float32 else library.winograd_grad_double)(ctypes.byref(args))
+    native.call(SOURCE, "winograd_grad", x.dtype, args)
     return dw
 
 
