@@ -48,9 +48,16 @@ def check_kernel(dtype, act, act_first, residual, count, chans, batch):
     y, y2, dres = (torch.empty(count, chans, dtype=dtype) for _ in range(3))
     norm_act_gpu.forward(x, norm, stats, y, res=res, add=more, y2=y2)
     dx = dy.clone()  # the gradient may be written over what it is made from
-    found = norm_act_gpu.backward(x, norm, stats, dx, dx, add=more, res=res, dres=dres if residual else None)
+    sums = torch.empty(2, chans, dtype=kind)
+    given = {"add": more, "res": res, "dres": dres if residual else None, "sums": sums}
+    found = norm_act_gpu.backward(x, norm, stats, dx, dx, **given)
     pairs = [(y, expected), (y2, expected + more.double()), (dx, leaves[0].grad)]
-    pairs += [(found[0], leaves[1].grad), (found[1], leaves[2].grad)]
+    pairs += [
+        (found[0], leaves[1].grad),
+        (found[1], leaves[2].grad),
+        (sums[0], leaves[1].grad),
+        (sums[1], leaves[2].grad),
+    ]
     pairs += [(mean, theirs.running_mean), (var, theirs.running_var)]
     if residual:
         pairs.append((dres, leaves[3].grad))

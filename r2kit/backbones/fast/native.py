@@ -97,14 +97,15 @@ def call(source: str, name: str, dtype: torch.dtype, args: ctypes.Structure, *mo
         args: Its first argument.
         more: Numbers that it takes besides.
     """
-    function = _function(source, name, dtype)
+    function = function_of(source, name, dtype)
     if _LISTENER.calls is not None:
         _LISTENER.calls.append(Call(function, args, more))
     function(ctypes.byref(args), *more)
 
 
 @functools.cache
-def _function(source: str, name: str, dtype: torch.dtype) -> Any:
+def function_of(source: str, name: str, dtype: torch.dtype) -> Any:
+    """Return a kernel: of its library, under its name and the type behind it."""
     function = getattr(load(source), f"{name}_{'float' if dtype == torch.float32 else 'double'}")
     function.argtypes, function.restype = (ctypes.c_void_p,), None  # an address is no int; what follows is
     return function

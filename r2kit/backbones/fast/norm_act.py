@@ -496,10 +496,7 @@ def backward(
     if x.is_cuda:
         from r2kit.backbones.fast import norm_act_gpu
 
-        found = norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres)
-        if sums is not None:
-            sums.copy_(torch.stack(found))
-        return found
+        return norm_act_gpu.backward(x, norm, stats, dy, dx, add=add, res=res, dres=dres, sums=sums)
     if sums is None:
         sums = memory.small((2, x.shape[1]), x)
     args = _args(x, norm, stats, res, add, dy, dx, dres)

@@ -252,6 +252,7 @@ def backward(
     add: Tensor | None = None,
     res: Tensor | None = None,
     dres: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `norm_act.backward` does, on a GPU."""
     rows, chans = x.shape
@@ -277,7 +278,10 @@ def backward(
         **flags, **_blocks(chans),
     )  # fmt: skip
     kind = total.dtype if norm.weight is None else norm.weight.dtype
-    return (product * rstd).to(kind), total.to(kind)
+    found = (product * rstd).to(kind), total.to(kind)
+    if sums is not None:
+        sums.copy_(torch.stack(found))
+    return found
 
 
 @functools.cache
