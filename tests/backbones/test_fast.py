@@ -89,11 +89,33 @@ def assert_same(model, x, *, single=True):
     with torch.no_grad():
         ours = fast(x)
         torch.testing.assert_close(ours, model(x), rtol=1e-3, atol=1e-4)
+    assert_again(fast, x)
     with torch.inference_mode():  # where every map is written once, with what stands behind its convolution
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
             nets = (fast_copy(model), copy.deepcopy(model))
             ours, expected = (net.eval().to(dtype)(x.to(dtype)) for net in nets)
             assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def assert_again(fast, x):
+    """What was written down gives the very bits of what it was written from: in training and at inference."""
+    fast, x = copy.deepcopy(fast).float(), x.float()
+    found = []
+    for _ in range(4):
+        fast.zero_grad()
+        given = x.clone().requires_grad_()
+        out = fast(given)
+        (out * weights(out)).sum().backward()
+        found.append([out.detach(), given.grad, *(p.grad for p in fast.parameters())])
+    modes = [module.training for module in fast.modules()]
+    fast.eval()
+    with torch.inference_mode():
+        still = [fast(x) for _ in range(4)]
+    for module, mode in zip(fast.modules(), modes, strict=True):
+        module.training = mode
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    assert all(torch.equal(again, still[0]) for again in still[1:])
 
 
 # ----------------------------------------------------------------------------------------------------- the units

@@ -207,7 +207,7 @@ class Conv:
         return grad if into is None else into.add_(grad)
 
     def weight_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of `weight`; arguments as in `input_grad`."""
+        """Return the gradient of `weight`, in whatever memory layout; arguments as in `input_grad`."""
         even = all(a == b for a, b in (self.stride, self.pad, self.dilation))
         owned = even and self.groups == 1 and x.shape[1] >= squares.NARROWEST and x.dtype == torch.float32
         if x.is_cuda:
@@ -222,7 +222,7 @@ class Conv:
             grad = weight_grad.weight_grad(x, dy, self.kernel, self.stride[0], self.pad[0], self.dilation[0])
         else:
             grad = self._torch_grad(dy, x, weight, 1)
-        return grad.contiguous() if weight.is_contiguous() else grad
+        return grad
 
     def _has_filtered_weights(self, x: Tensor, dy: Tensor) -> bool:
         """Whether Winograd's filtering suits the gradient of the weights."""

@@ -392,16 +392,10 @@ def _run(
     if not _usable(x, ()):
         return plain_forward(x)
     given, x = x, _cast(x)
-    state = None if x.is_cuda else (x.dtype, *_state(block))
-    known = _KNOWN.get(block)
-    if known is None or state is None or known.state != state:
-        found = _unit(block, x, acts, orders, chained)
-        if found is None:
-            return plain_forward(given)
-        known = _Known(state or (), *found)
-        if state is not None:
-            _KNOWN[block] = known
-    spec, bns = known.spec, known.bns
+    found = _known_unit(block, x, acts, orders, chained)
+    if found is None:
+        return plain_forward(given)
+    spec, bns = found
     if any(_single_value(part, x) for part in (spec.first, spec.inner[0])) or not _step(bns):
         return plain_forward(given)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -409,16 +403,34 @@ def _run(
     return functions.unit(spec, x, block.downsample(x).to(x.dtype) if elsewhere else None)
 
 
-class _Known(NamedTuple):
-    """What was found out about a unit, and the state in which it holds."""
+class _Found(NamedTuple):
+    """What a unit computes, and its norms."""
 
-    state: tuple[Any, ...]
     spec: UnitSpec
     bns: list[nn.Module]
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Found]] = weakref.WeakKeyDictionary()
+_STATES = 2  # of a unit that are remembered: it is trained and evaluated in turn
 _SCALARS = frozenset((bool, int, float, str, tuple))
+
+
+def _known_unit(
+    block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool
+) -> _Found | None:
+    """Return what `_unit` finds, from before if the unit has not changed since."""
+    if x.is_cuda:  # where weights may be cast anew each time
+        return _unit(block, x, acts, orders, chained)
+    states = _KNOWN.setdefault(block, {})
+    state = (x.dtype, *_state(block))
+    known = states.get(state)
+    if known is None:
+        known = _unit(block, x, acts, orders, chained)
+        if known is not None:
+            for old in list(states)[: 1 - _STATES]:
+                states.pop(old, None)
+            states[state] = known
+    return known
 
 
 def _state(module: nn.Module) -> list[Any]:
@@ -440,10 +452,8 @@ def _state(module: nn.Module) -> list[Any]:
     return found
 
 
-def _unit(
-    block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool
-) -> tuple[UnitSpec, list[nn.Module]] | None:
-    """Return what a unit computes and its norms, or None where something in it is of another kind; see `_run`."""
+def _unit(block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool) -> _Found | None:
+    """Return what a unit computes, or None where something in it is of another kind; arguments as in `_run`."""
     bottleneck = isinstance(block, Bottleneck)
     convs = [block.conv2] if bottleneck else list(block.convs)
     bns = [block.bn1, *([block.bn2] if bottleneck else block.bns), block.bn3]
@@ -469,7 +479,7 @@ def _unit(
         published_sum=getattr(block, "published_sum", False),
         side=side,
     )
-    return spec, [*bns, *side_bns]
+    return _Found(spec, [*bns, *side_bns])
 
 
 def _side(downsample: nn.Module | None, x: Tensor) -> tuple[ConvNorm | None, list[nn.Module]]:
