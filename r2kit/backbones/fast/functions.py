@@ -71,6 +71,15 @@ class UnitSpec:
         norms = [part.norm for part in self.parts if part.norm is not None]
         return (*self.tensors, *(t for norm in norms for t in (norm.running_mean, norm.running_var)))
 
+    def places(self) -> list[Any]:
+        """Return where the constants lie in memory, and how."""
+        return [(t.data_ptr(), t.stride(), t.shape) for t in self.constants if t is not None]
+
+    @cached_property
+    def first_places(self) -> list[Any]:
+        """Where they lay when this was first asked for."""
+        return self.places()
+
     @cached_property
     def is_fixed(self) -> bool:
         """Whether no norm takes the statistics of the batch."""
@@ -133,7 +142,8 @@ class _ConvNormFunction(Function):
             dnorm = norm_act.backward(rows(conv_out), part.norm, stats, rows(dy), rows(dc))
             dy = dc
         dx = part.conv.input_grad(dy, x, part.weight) if need_x else None
-        return None, None, dx, *_conv_grads(part, need, dy, x), *_needed(dnorm, need[2:])
+        dweight, dbias = _conv_grads(part, need, dy, x)
+        return None, None, dx, _laid_out(dweight, part.weight), dbias, *_needed(dnorm, need[2:])
 
 
 def conv_norm(part: ConvNorm, x: Tensor) -> Tensor:
@@ -193,6 +203,7 @@ class _UnitFunction(Function):
     def forward(
         ctx: Any, spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
+        assert spec.first_places
         out, *kept = spec.run(("forward", keep), partial(_forward_unit, spec, keep), x, shortcut)
         if keep:
             ctx.spec = spec
@@ -206,8 +217,14 @@ class _UnitFunction(Function):
         spec: UnitSpec = ctx.spec
         x, *kept = ctx.saved_tensors[: -len(spec.tensors)]  # the rest: so that torch notices if a weight has changed
         needs = ctx.needs_input_grad[2:]
-        function = partial(_backward_unit, spec, needs)
-        return None, None, *spec.run(("backward", needs), function, _channels_last(dout), x, *kept)
+        dout, function = _channels_last(dout), partial(_backward_unit, spec, needs)
+        if spec.places() == spec.first_places:
+            dx, dshortcut, *grads = spec.run(("backward", needs), function, dout, x, *kept)
+        else:  # somebody gave a weight other memory since, which autograd does not mind
+            dx, dshortcut, *grads = function(dout, x, *kept)
+        for i, part in enumerate(spec.parts):
+            grads[4 * i] = _laid_out(grads[4 * i], part.weight)
+        return None, None, dx, dshortcut, *grads
 
 
 def _forward_unit(spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None) -> Values:
@@ -484,6 +501,14 @@ def _conv_grads(part: ConvNorm, need: list[bool], dy: Tensor, x: Tensor) -> tupl
     """Return the gradients of weight and bias, where they are needed."""
     weight = part.conv.weight_grad(dy, x, part.weight) if need[0] else None
     return weight, rows(dy).sum(0) if need[1] else None
+
+
+def _laid_out(grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Return the gradient of a weight in memory as torch's operators leave it: contiguous if the weight is.
+
+    What takes a gradient from `torch.autograd.grad` or a hook may count on that, torch's fused optimisers among them.
+    """
+    return grad.contiguous() if grad is not None and weight.is_contiguous() else grad
 
 
 def _needed(grads: tuple[Tensor | None, Tensor | None], need: list[bool]) -> tuple[Tensor | None, ...]:

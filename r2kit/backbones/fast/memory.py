@@ -169,7 +169,7 @@ def storage(size: int) -> torch.UntypedStorage:
             return torch.from_numpy(ARENAS.take(size)).untyped_storage()
         except OSError:  # torch says better than we that there is no memory
             pass
-    return torch.empty(size, dtype=torch.uint8).untyped_storage()
+    return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
 
 
 def empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -184,7 +184,7 @@ def empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         size *= side
     if size >= SMALLEST and like.device.type == "cpu":
         # Not a view of those bytes: autograd would refuse that in-place operators change it.
-        made = torch.empty(0, dtype=like.dtype).set_(storage(size), 0, shape, _strides(shape))
+        made = torch.empty(0, dtype=like.dtype, device="cpu").set_(storage(size), 0, shape, _strides(shape))
     else:
         made = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     if _LISTENER.pieces is not None:

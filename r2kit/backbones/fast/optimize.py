@@ -10,9 +10,9 @@ know. On a GPU the fused units run, with Triton's kernels between torch's convol
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,11 +20,13 @@ from timm.layers import DropPath
 from timm.models.res2net import Bottle2neck
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from r2kit.backbones._res2 import Res2Block
 from r2kit.backbones.fast import (
     direct,
     functions,
+    known,
     native,
     norm_act,
     product,
@@ -35,6 +37,7 @@ from r2kit.backbones.fast import (
 )
 from r2kit.backbones.fast.convolution import Conv
 from r2kit.backbones.fast.functions import ConvNorm, UnitSpec
+from r2kit.backbones.fast.known import HOOKS
 from r2kit.backbones.fast.norm_act import Norm
 from r2kit.backbones.mish import MishBeta
 
@@ -101,8 +104,6 @@ def is_fast(model: nn.Module) -> bool:
 
 _SOURCES = tuple(kernel.SOURCE for kernel in (norm_act, direct, product, winograd, winograd_grad, weight_grad, window))
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 # ------------------------------------------------------------------------------------------- what can be fast, when
 
 
@@ -119,6 +120,8 @@ def _usable(x: Tensor, parts: Iterable[nn.Module], *, gpu: bool = True) -> bool:
     """Whether a fast forward pass may take this input and these parts; `gpu`: whether there is one on a GPU."""
     if type(x) is not Tensor or x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if forward_ad._current_level >= 0:  # the functions know no tangents
+        return False
     if x.is_cuda:
         known = (torch.float16, torch.bfloat16, torch.float32)
         if not gpu or x.dtype not in known or _gpu_refusal(x.device) is not None:
@@ -128,7 +131,7 @@ def _usable(x: Tensor, parts: Iterable[nn.Module], *, gpu: bool = True) -> bool:
     # A mode that watches every operator (to count, to fake) would not see what the kernels do.
     if torch.utils._python_dispatch._get_current_dispatch_mode() is not None or _in_transform():
         return False
-    return not any(part.__dict__[hooks] for part in parts for hooks in _HOOKS)
+    return not any(part.__dict__[hooks] for part in parts for hooks in HOOKS)
 
 
 def _in_transform() -> bool:
@@ -226,6 +229,7 @@ class FastConv2d(nn.Conv2d):
             or not _usable(x, (), gpu=False)
             or x.dim() != 4
             or not _fits(self.weight, x)
+            or not _meets(self, geometry, x)
         ):
             return super().forward(x)
         return functions.conv_norm(ConvNorm(geometry, self.weight, self.bias, None), x)
@@ -279,7 +283,15 @@ class FastSequential(nn.Sequential):
         return x
 
 
-class FastRes2Block(Res2Block):
+class _Unit:
+    """A unit that forgets what was found out about it when its tensors are moved or cast."""
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known.forget(self)
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+
+class FastRes2Block(_Unit, Res2Block):
     """`Res2Block` through `functions.unit`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,7 +300,7 @@ class FastRes2Block(Res2Block):
         return _run(self, super().forward, x, [self.act1, *self.acts, self.act3], orders, self.chained)
 
 
-class FastBottle2neck(Bottle2neck):
+class FastBottle2neck(_Unit, Bottle2neck):
     """timm's Res2Net unit through `functions.unit`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,7 +309,7 @@ class FastBottle2neck(Bottle2neck):
         return _run(self, super().forward, x, acts, (False, False), not self.is_first)
 
 
-class FastBottleneck(Bottleneck):
+class FastBottleneck(_Unit, Bottleneck):
     """timm's ResNet unit, a Res2 unit with a single split, through `functions.unit`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -354,9 +366,14 @@ def _pair(modules: list[nn.Module], x: Any) -> tuple[ConvNorm, nn.Module | None,
         part = _conv_norm(modules[0], bn, modules[1], x, act_first=True)
     elif type(modules[1]) in _ACTS and not x.is_cuda:
         part, length = _conv_act(modules[0], modules[1], x), 2
-    if part is None or _single_value(part, x):
+    if part is None or _single_value(part, x) or not _meets(modules[0], part.conv, x):
         return None
     return part, bn, length
+
+
+def _meets(conv: nn.Module, geometry: Conv, x: Tensor) -> bool:
+    """Whether a convolution takes (B, C, H, W) of such channels and of such a size; where not, torch says why."""
+    return x.shape[1] == conv.in_channels and min(geometry.out_size(x.shape[2], x.shape[3])) >= 1
 
 
 def _each(modules: list[nn.Module], x: Any) -> Any:
@@ -392,15 +409,26 @@ def _run(
     if not _usable(x, ()):
         return plain_forward(x)
     given, x = x, _cast(x)
-    found = _known_unit(block, x, acts, orders, chained)
+    # On a GPU weights may be cast anew each time.
+    make = partial(_unit, block, x, acts, orders, chained)
+    found = make() if x.is_cuda else known.remembered(block, x.dtype, make)
     if found is None:
         return plain_forward(given)
     spec, bns = found
-    if any(_single_value(part, x) for part in (spec.first, spec.inner[0])) or not _step(bns):
+    if not _suits(spec, x) or not _step(bns):
         return plain_forward(given)
     x = x.contiguous(memory_format=torch.channels_last)
     elsewhere = spec.side is None and not _does_nothing(block.downsample)
     return functions.unit(spec, x, block.downsample(x).to(x.dtype) if elsewhere else None)
+
+
+def _suits(spec: UnitSpec, x: Tensor) -> bool:
+    """Whether torch would compute a unit of an input: not of other channels, nor statistics of one value a channel."""
+    out_size = spec.inner[0].conv.out_size(x.shape[2], x.shape[3])
+    if x.shape[1] != spec.first.weight.shape[1] or min(out_size) < 1:
+        return False
+    behind = [part.norm for part in spec.parts[1:] if part.norm is not None and part.norm.batch]
+    return not (_single_value(spec.first, x) or (behind and x.shape[0] * out_size[0] * out_size[1] <= 1))
 
 
 class _Found(NamedTuple):
@@ -408,48 +436,6 @@ class _Found(NamedTuple):
 
     spec: UnitSpec
     bns: list[nn.Module]
-
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Found]] = weakref.WeakKeyDictionary()
-_STATES = 2  # of a unit that are remembered: it is trained and evaluated in turn
-_SCALARS = frozenset((bool, int, float, str, tuple))
-
-
-def _known_unit(
-    block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool
-) -> _Found | None:
-    """Return what `_unit` finds, from before if the unit has not changed since."""
-    if x.is_cuda:  # where weights may be cast anew each time
-        return _unit(block, x, acts, orders, chained)
-    states = _KNOWN.setdefault(block, {})
-    state = (x.dtype, *_state(block))
-    known = states.get(state)
-    if known is None:
-        known = _unit(block, x, acts, orders, chained)
-        if known is not None:
-            for old in list(states)[: 1 - _STATES]:
-                states.pop(old, None)
-            states[state] = known
-    return known
-
-
-def _state(module: nn.Module) -> list[Any]:
-    """Return all that a unit's spec is made from, for a module and those in it: whoever changes it makes another."""
-    own = module.__dict__
-    found: list[Any] = [type(module), *(value for value in own.values() if type(value) in _SCALARS)]
-    found += [bool(own[hooks]) for hooks in _HOOKS]
-    for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-        if tensor is None:
-            found.append(None)
-        else:
-            found += [id(tensor), tensor.data_ptr(), tensor.dtype, tensor.stride()]
-    if type(module) is MishBeta:
-        found.append(float(module.beta))
-    for name, child in own["_modules"].items():
-        found.append(name)
-        if child is not None:
-            found += _state(child)
-    return found
 
 
 def _unit(block: Any, x: Tensor, acts: list[nn.Module], orders: tuple[bool, bool], chained: bool) -> _Found | None:

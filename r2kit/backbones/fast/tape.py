@@ -89,10 +89,12 @@ class Tape:
         outputs: Values,
         constants: Iterable[Tensor | None],
     ) -> None:
+        if not calls:
+            raise _NotOnTapeError
         spans = [_span(t) for t in inputs]
-        _refuse_overlaps(spans)
-        known = [*spans, *(_span(piece) for piece in pieces)]
         fixed = [_span(t) for t in constants if t is not None]
+        _refuse_overlaps(spans, fixed)
+        known = [*spans, *(_span(piece) for piece in pieces)]
         self._calls: list[tuple[Any, int, tuple[Any, ...]]] = []
         words: list[np.ndarray] = []
         at: list[int] = []
@@ -100,7 +102,7 @@ class Tape:
         offsets: list[int] = []
         used: dict[int, tuple[int, int]] = {}  # first and last call that a piece is used in
         length = 0
-        for number, call in enumerate(self._heard(calls)):
+        for number, call in enumerate(calls):
             found = np.frombuffer(bytes(call.args), np.int64).copy()
             for place in _pointers(type(call.args)):
                 pointer = int(found[place])
@@ -132,12 +134,6 @@ class Tape:
         self._offsets += np.array([places.get(source, 0) for source in sources], np.int64)
         self._own = own
 
-    @staticmethod
-    def _heard(calls: Sequence[native.Call]) -> Sequence[native.Call]:
-        if not calls:
-            raise _NotOnTapeError
-        return calls
-
     def play(self, inputs: Values) -> Values:
         """Call the kernels for other inputs, of the sizes and strides of the first ones, and return the outputs."""
         storages = {source: memory.storage(size) for source, size in self._handed.items()}
@@ -158,7 +154,7 @@ class Tape:
                 outputs.append(inputs[output.source])
             else:
                 dtype, offset, shape, strides = output.geometry
-                made = torch.empty(0, dtype=dtype)
+                made = torch.empty(0, dtype=dtype, device="cpu")  # whatever the default device is
                 outputs.append(made.set_(storages[output.source], offset, shape, strides))
         return tuple(outputs)
 
@@ -221,14 +217,14 @@ def _span(tensor: Tensor | None) -> tuple[int, int]:
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
-def _refuse_overlaps(spans: Sequence[tuple[int, int]]) -> None:
-    """Inputs that lie over each other this time might not do so the next.
+def _refuse_overlaps(inputs: Sequence[tuple[int, int]], constants: Sequence[tuple[int, int]]) -> None:
+    """Inputs that lie over each other or over a constant this time might not do so the next.
 
     Raises:
-        _NotOnTapeError: If two do.
+        _NotOnTapeError: If some do.
     """
-    ordered = sorted(span for span in spans if span[1])
-    if any(a + size > b for (a, size), (b, _) in itertools.pairwise(ordered)):
+    pairs = [*itertools.combinations(inputs, 2), *itertools.product(inputs, constants)]
+    if any(a < b + b_size and b < a + a_size for (a, a_size), (b, b_size) in pairs):
         raise _NotOnTapeError
 
 
