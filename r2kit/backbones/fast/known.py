@@ -55,15 +55,13 @@ def remembered(module: nn.Module, dtype: torch.dtype, make: Callable[[], Found |
     values: list[Any] = [dtype]
     try:
         _describe(module, tensors, values)
-        state = tuple(values)
-        hash(state)
+        state, known = tuple(values), _KNOWN.get(module)
+        if known is None or known.tensors != tensors:  # other weights: those from before are let go
+            known = _KNOWN[module] = _Known(tensors, {})
+        found: Found | None = known.states.get(state)
     except (_UnknownError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         forget(module)
         return make()
-    known = _KNOWN.get(module)
-    if known is None or known.tensors != tensors:  # other weights: those from before are let go
-        known = _KNOWN[module] = _Known(tensors, {})
-    found: Found | None = known.states.get(state)
     if found is None:
         found = make()
         if found is not None:
