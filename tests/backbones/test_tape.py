@@ -21,6 +21,8 @@ from r2kit.backbones.fast import known, memory, native, norm_act, optimize_with_
 from r2kit.backbones.fast.tape import Tapes, _lay_out
 from r2kit.backbones.mish import MishBeta
 
+optimize = importlib.import_module("r2kit.backbones.fast.optimize")
+
 
 @pytest.fixture
 def fast():
@@ -299,19 +301,30 @@ def plain_attribute(fast, value):
     fast.conv1.weight = weight * (0.5 + value)
 
 
-def narrowed(fast, value):
-    fast.conv3.weight.data = fast.conv3.weight.data[:, : 68 if value < 0.5 else 34]
-    if value >= 0.5:  # torch refuses, and so must we
-        fast.conv3.weight.data = torch.cat([fast.conv3.weight.data] * 2, 1)
-
-
-@pytest.mark.parametrize("change", [numpy_eps, numpy_momentum, listed_padding, plain_attribute, narrowed])
+@pytest.mark.parametrize("change", [numpy_eps, numpy_momentum, listed_padding, plain_attribute])
 def test_what_nobody_knows_the_meaning_of_is_looked_at_each_time(fast, change):
     x = images()
     warm(fast, x)
     for value in (0.1, 0.1, 0.1, 0.9, 0.9):
         change(fast, value)
         assert_as_plain(fast, x)
+
+
+def test_a_narrower_unit_in_the_same_memory():
+    torch.manual_seed(0)
+    fast = Res2Block(64, 16, base_width=272, scale=1, act_layer=nn.Mish).to(memory_format=torch.channels_last)
+    optimize_with_reason(fast)
+    warm(fast, images())
+    assert played(fast) == 3
+    with torch.no_grad():
+        fast.conv1.weight.data = fast.conv1.weight.data[:34]
+        fast.convs[0].weight.data = fast.convs[0].weight.data[:34, :34]
+        fast.conv3.weight.data = fast.conv3.weight.data[:, :34]
+        for bn in (fast.bn1, fast.bns[0]):
+            for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+                tensor.data = tensor.data[:34]
+    for _ in range(4):
+        assert_as_plain(fast, images())
 
 
 def test_a_function_in_place_of_a_part():
@@ -354,20 +367,42 @@ def test_odd_parts_are_no_obstacle(fast):
     assert fast(images()).shape == (2, 64, 9, 9)
     fast.se = torch.jit.trace(nn.Identity(), images())
     assert fast(images()).shape == (2, 64, 9, 9)
+    fast.se = nn.Identity()
+    fast.se.table = nn.Parameter(torch.eye(3).to_sparse())
+    assert fast(images()).shape == (2, 64, 9, 9)
 
 
 @pytest.mark.parametrize("way", ["assigned", "moved away"])
 def test_old_weights_are_let_go(fast, way):
     warm(fast, images())
-    old = weakref.ref(fast.conv1.weight.untyped_storage() if way == "moved away" else fast.conv1.weight)
     if way == "assigned":
+        old = weakref.ref(fast.conv1.weight)
         fast.load_state_dict({name: value.clone() for name, value in fast.state_dict().items()}, assign=True)
         train(fast, images())
+        gc.collect()
+        assert old() is None
     else:
+        assert fast in known._KNOWN
         fast.to("meta")
         assert fast not in known._KNOWN
-    gc.collect()
-    assert old() is None or way == "moved away"
+
+
+def test_weights_made_from_others_are_not_kept(fast):
+    base = {name: value.detach().clone().requires_grad_() for name, value in fast.named_parameters()}
+    for _ in range(3):
+        made = {name: value * 2 for name, value in base.items()}
+        torch.func.functional_call(fast, made, (images(),)).sum().backward()
+        assert fast not in known._KNOWN
+    assert all(value.grad is not None for value in base.values())
+
+
+def test_what_is_left_to_torch_is_known_too(fast, monkeypatch):
+    fast.se = nn.Sequential(nn.Identity())
+    asked = []
+    monkeypatch.setattr(optimize, "_unit", lambda *_: asked.append(1))
+    for _ in range(3):
+        assert fast(images()).shape == (2, 64, 9, 9)
+    assert len(asked) == 1
 
 
 def test_a_weight_that_refers_to_its_unit(fast):

@@ -77,7 +77,7 @@ class UnitSpec:
 
     @cached_property
     def first_places(self) -> list[Any]:
-        """Where they lay when this was first asked for."""
+        """Where they lay at the first forward pass, and at every later one: else the unit had been found out anew."""
         return self.places()
 
     @cached_property
@@ -203,10 +203,9 @@ class _UnitFunction(Function):
     def forward(
         ctx: Any, spec: UnitSpec, keep: bool, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        assert spec.first_places
         out, *kept = spec.run(("forward", keep), partial(_forward_unit, spec, keep), x, shortcut)
         if keep:
-            ctx.spec = spec
+            ctx.spec, ctx.places = spec, spec.first_places
             ctx.save_for_backward(x, *kept, *tensors)
         assert out is not None
         return out
@@ -218,7 +217,7 @@ class _UnitFunction(Function):
         x, *kept = ctx.saved_tensors[: -len(spec.tensors)]  # the rest: so that torch notices if a weight has changed
         needs = ctx.needs_input_grad[2:]
         dout, function = _channels_last(dout), partial(_backward_unit, spec, needs)
-        if spec.places() == spec.first_places:
+        if spec.places() == ctx.places:
             dx, dshortcut, *grads = spec.run(("backward", needs), function, dout, x, *kept)
         else:  # somebody gave a weight other memory since, which autograd does not mind
             dx, dshortcut, *grads = function(dout, x, *kept)
@@ -345,12 +344,12 @@ def _backward_unit(
         grads_last += [*_conv_grads(spec.side, need[-1], dres, x), *_needed(dnorm, need[-1][2:])]
 
     dh, h_rows, dcat_rows = memory.empty_like(h), rows(h), rows(dcat)
-    dh_rows = rows(dh)
+    dh_rows, norm1 = rows(dh), first.norm
     dnorm1 = memory.small((2, h.shape[1]), h, norm_act.sums_dtype(h))
 
     def close(start: int, length: int, dy: Tensor) -> None:
         """Take the gradient of some splits back through the first norm."""
-        cut = (first.norm.narrow(start, length), _cut(stats1, start, length))  # type: ignore[union-attr]
+        cut = (norm1.narrow(start, length), _cut(stats1, start, length))
         read, written = (part.narrow(1, start, length) for part in (h_rows, dh_rows))
         norm_act.backward(read, *cut, dy, written, sums=dnorm1.narrow(1, start, length))
 
@@ -392,7 +391,8 @@ def _backward_unit(
 
 def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, width: int) -> list[Tensor]:
     """Return what each inner convolution read: the splits behind the first norm, with what was added to them."""
-    assert spec.first.norm is not None
+    norm1 = spec.first.norm
+    assert norm1 is not None
     used = width * len(spec.inner)
     z, h_rows = room(h, used, (h.shape[2], h.shape[3])), rows(h)
     z_rows = rows(z)
@@ -401,7 +401,7 @@ def _read_again(spec: UnitSpec, h: Tensor, cat: Tensor, stats: Tensor | None, wi
 
     def again(start: int, end: int, add_from: int | None = None) -> None:
         if start < end:
-            norm = spec.first.norm.narrow(start, end - start).fixed(_cut(stats, start, end - start))  # type: ignore[union-attr]
+            norm = norm1.narrow(start, end - start).fixed(_cut(stats, start, end - start))
             read, out = h_rows.narrow(1, start, end - start), z_rows.narrow(1, start, end - start)
             if add_from is None:
                 norm_act.forward(read, norm, None, out)

@@ -36,6 +36,7 @@ class _Known(NamedTuple):
     states: dict[tuple[Any, ...], Any]
 
 
+_NOTHING: Any = object()
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
@@ -43,8 +44,8 @@ class _UnknownError(Exception):
     """A module holds what nobody here knows the meaning of."""
 
 
-def remembered(module: nn.Module, dtype: torch.dtype, make: Callable[[], Found | None]) -> Found | None:
-    """Return what `make` returns, from before if nothing has changed since; None is not remembered.
+def remembered(module: nn.Module, dtype: torch.dtype, make: Callable[[], Found]) -> Found:
+    """Return what `make` returns, from before if nothing has changed since.
 
     Args:
         module: What it looks at.
@@ -58,16 +59,15 @@ def remembered(module: nn.Module, dtype: torch.dtype, make: Callable[[], Found |
         state, known = tuple(values), _KNOWN.get(module)
         if known is None or known.tensors != tensors:  # other weights: those from before are let go
             known = _KNOWN[module] = _Known(tensors, {})
-        found: Found | None = known.states.get(state)
-    except (_UnknownError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except _UnknownError:
         forget(module)
         return make()
-    if found is None:
+    found: Found = known.states.get(state, _NOTHING)
+    if found is _NOTHING:
         found = make()
-        if found is not None:
-            for old in list(known.states)[: 1 - _STATES]:
-                known.states.pop(old, None)
-            known.states[state] = found
+        for old in list(known.states)[: 1 - _STATES]:
+            known.states.pop(old, None)
+        known.states[state] = found
     return found
 
 
@@ -88,6 +88,8 @@ def _describe(module: nn.Module, tensors: list[Any], values: list[Any]) -> None:
         _UnknownError: If it holds anything of which nobody can say whether it has changed.
     """
     own = module.__dict__
+    if "_parameters" not in own:  # a scripted one keeps its own elsewhere
+        raise _UnknownError
     values.append(type(module))
     for name, value in own.items():
         kind = type(value)
@@ -99,8 +101,12 @@ def _describe(module: nn.Module, tensors: list[Any], values: list[Any]) -> None:
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
         if tensor is None:
             tensors.append(None)
-        elif type(tensor) not in (nn.Parameter, Tensor) or tensor.grad_fn is not None or tensor.__dict__:
-            raise _UnknownError  # of another kind, made from others, or holding on to who knows what
+        elif type(tensor) not in (nn.Parameter, Tensor) or tensor.layout is not torch.strided:
+            raise _UnknownError
+        elif (
+            tensor.grad_fn is not None or tensor.__dict__
+        ):  # what it was made from, or holds on to, is not ours to keep
+            raise _UnknownError
         else:
             tensors += (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.shape)
     if type(module) is MishBeta:

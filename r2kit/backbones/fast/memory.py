@@ -18,11 +18,12 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from r2kit.backbones.fast import native
 
 SMALLEST = 128 * 1024
 """Bytes; what is smaller malloc keeps by itself."""
@@ -143,25 +144,6 @@ if hasattr(os, "register_at_fork"):
 _HAS_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
 
 
-class _Listener(threading.local):
-    """What hears of the room that a thread makes."""
-
-    pieces: list[Tensor] | None = None
-
-
-_LISTENER = _Listener()
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[list[Tensor]]:
-    """Collect, and so keep, the tensors that this thread makes here meanwhile."""
-    before, _LISTENER.pieces = _LISTENER.pieces, []
-    try:
-        yield _LISTENER.pieces
-    finally:
-        _LISTENER.pieces = before
-
-
 def storage(size: int) -> torch.UntypedStorage:
     """Return `size` bytes on the CPU, not filled."""
     if size >= SMALLEST and _HAS_PAGES:
@@ -187,8 +169,7 @@ def empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         made = torch.empty(0, dtype=like.dtype, device="cpu").set_(storage(size), 0, shape, _strides(shape))
     else:
         made = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    if _LISTENER.pieces is not None:
-        _LISTENER.pieces.append(made)
+    native.hear_of(made)
     return made
 
 
@@ -201,8 +182,7 @@ def small(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
         dtype: In place of that type.
     """
     made = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    if _LISTENER.pieces is not None:
-        _LISTENER.pieces.append(made)
+    native.hear_of(made)
     return made
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from r2kit.cache import cache_folder
 
@@ -68,23 +69,39 @@ class Call(NamedTuple):
     more: tuple[int, ...]
 
 
-class _Listener(threading.local):
-    """What hears of the calls of a thread."""
+class Heard(NamedTuple):
+    """What a thread did.
 
-    calls: list[Call] | None = None
+    Attributes:
+        calls: Of kernels.
+        pieces: Room that it made for them.
+    """
+
+    calls: list[Call]
+    pieces: list[Tensor]
+
+
+class _Listener(threading.local):
+    heard: Heard | None = None
 
 
 _LISTENER = _Listener()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[list[Call]]:
-    """Collect what this thread calls meanwhile."""
-    before, _LISTENER.calls = _LISTENER.calls, []
+def listening() -> Iterator[Heard]:
+    """Collect what this thread calls and what room it makes meanwhile; the room is kept so long."""
+    before, _LISTENER.heard = _LISTENER.heard, Heard([], [])
     try:
-        yield _LISTENER.calls
+        yield _LISTENER.heard
     finally:
-        _LISTENER.calls = before
+        _LISTENER.heard = before
+
+
+def hear_of(piece: Tensor) -> None:
+    """Tell whoever listens of room that was made."""
+    if _LISTENER.heard is not None:
+        _LISTENER.heard.pieces.append(piece)
 
 
 def call(source: str, name: str, dtype: torch.dtype, args: ctypes.Structure, *more: int) -> None:
@@ -98,8 +115,8 @@ def call(source: str, name: str, dtype: torch.dtype, args: ctypes.Structure, *mo
         more: Numbers that it takes besides.
     """
     function = function_of(source, name, dtype)
-    if _LISTENER.calls is not None:
-        _LISTENER.calls.append(Call(function, args, more))
+    if _LISTENER.heard is not None:
+        _LISTENER.heard.calls.append(Call(function, args, more))
     function(ctypes.byref(args), *more)
 
 

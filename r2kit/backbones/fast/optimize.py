@@ -286,9 +286,9 @@ class FastSequential(nn.Sequential):
 class _Unit:
     """A unit that forgets what was found out about it when its tensors are moved or cast."""
 
-    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         known.forget(self)
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        return super()._apply(fn, recurse)  # type: ignore[misc]  # the other base class has it
 
 
 class FastRes2Block(_Unit, Res2Block):

@@ -31,7 +31,7 @@ Values = tuple[Tensor | None, ...]
 
 _WORD = 8  # bytes; every field of a kernel's arguments is a number or a pointer of that size
 _LINE = 65 * 64  # values in the common piece begin with a line of the cache, and not all at one place of the first one
-_MOST = 16  # tapes that one `Tapes` keeps: as many sizes of images
+_MOST = 16  # keys that one `Tapes` keeps: a size of images has one at inference and two in training
 
 _LOOKS = frozenset(
     f"aten::{name}"
@@ -72,7 +72,7 @@ class Tape:
 
     Args:
         calls: As heard from `native`.
-        pieces: Room made meanwhile, as heard from `memory`.
+        pieces: Room made meanwhile, likewise.
         inputs: What the function was given.
         outputs: What it returned.
         constants: Tensors that it may read and write, and that stay where they are.
@@ -132,7 +132,6 @@ class Tape:
         common = len(inputs) + len(own)
         self._which = np.array([s if s < len(inputs) else own.get(s, common) for s in sources], np.int64)
         self._offsets += np.array([places.get(source, 0) for source in sources], np.int64)
-        self._own = own
 
     def play(self, inputs: Values) -> Values:
         """Call the kernels for other inputs, of the sizes and strides of the first ones, and return the outputs."""
@@ -199,12 +198,12 @@ def _record(
     function: Callable[..., Values], inputs: Values, constants: Iterable[Tensor | None]
 ) -> tuple[Values, Tape | None]:
     """Run a function and return what it returned, and its calls if they can be made again."""
-    with memory.listening() as pieces, native.listening() as calls, _Watch() as watch:
+    with native.listening() as heard, _Watch() as watch:
         outputs = function(*inputs)
     if watch.computed:
         return outputs, None
     try:
-        return outputs, Tape(calls, pieces, inputs, outputs, constants)
+        return outputs, Tape(heard.calls, heard.pieces, inputs, outputs, constants)
     except _NotOnTapeError:
         return outputs, None
 
